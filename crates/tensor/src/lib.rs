@@ -3,10 +3,13 @@
 //! Training and deployment share this crate: every operation lives in one folder under [`ops`] that
 //! holds its contract, its backward pass and one implementation for each [`Device`].
 
+mod cpu;
 mod pool;
+mod tape;
 mod tensor;
 
 pub mod ops;
 
 pub use half::{bf16, f16};
+pub use tape::{Grads, Tape, Var};
 pub use tensor::{DType, Device, Tensor};

@@ -1,0 +1,245 @@
+//! Scaled dot-product attention with a keep:of pattern on its softmax (paper, equations 2 and 5).
+//!
+//! For each head: `P = softmax(Q K^T * scale)` over the keys that are neither padded nor causally
+//! masked; `P' = pattern(P)` keeps the `keep` largest of every `of` neighbouring keys, ties to the lower
+//! index, groups starting at key 0, a masked key counting as 0, without renormalisation; dropout on
+//! `P'`; output `P' V`. The gradient passes through kept entries only, then through the full softmax.
+//! A query without a key to attend to yields 0.
+
+mod cpu;
+
+use super::dropout::Drop;
+use crate::{Device, Tape, Tensor, Var};
+
+/// Everything about an attention but its operands.
+#[derive(Clone, Debug)]
+pub struct Attention {
+    /// Sequences.
+    pub batch: usize,
+    /// Query positions of each sequence.
+    pub queries: usize,
+    /// Key positions of each sequence.
+    pub keys: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; divides `heads` (grouped-query attention).
+    pub kv_heads: usize,
+    /// Factor of the scores, usually `1 / sqrt(head_dim)`.
+    pub scale: f32,
+    /// Query `i` sees keys up to `i + keys - queries`.
+    pub causal: bool,
+    /// `[batch * keys]`, false for padding; `None` if nothing is padded.
+    pub key_mask: Option<Vec<bool>>,
+    /// `(keep, of)` with `0 < keep < of`, `of` a power of two up to 256; `None` for dense attention.
+    pub pattern: Option<(usize, usize)>,
+    /// Probability that an attention weight is dropped in training.
+    pub dropout: f32,
+}
+
+/// `q` `[batch * queries, heads * d]`, `k` and `v` `[batch * keys, kv_heads * d]`: `[batch * queries, heads * d]`.
+pub fn attention(tape: &Tape, q: &Var, k: &Var, v: &Var, spec: &Attention) -> Var {
+    spec.check(q, k, v);
+    let drop = Drop::next(tape, spec.dropout);
+    let keep = tape.tracks(&[q, k, v]);
+    let (out, saved) = match q.value().device() {
+        Device::Cpu => cpu::forward(q.value(), k.value(), v.value(), spec, drop, keep),
+    };
+    let (q2, k2, v2, spec) = (q.clone(), k.clone(), v.clone(), spec.clone());
+    tape.push(out, &[q, k, v], move |grad, grads| {
+        let softmax: Tensor = saved.expect("kept when tracked");
+        let (dq, dk, dv) = cpu::backward(grad, q2.value(), k2.value(), v2.value(), &softmax, &spec, drop);
+        grads.add(&q2, dq);
+        grads.add(&k2, dk);
+        grads.add(&v2, dv);
+    })
+}
+
+impl Attention {
+    fn check(&self, q: &Var, k: &Var, v: &Var) {
+        let d = q.value().width() / self.heads;
+        assert_eq!(q.value().width(), d * self.heads, "attention: {} heads in {:?}", self.heads, q.shape());
+        assert_eq!(
+            self.heads % self.kv_heads,
+            0,
+            "attention: {} heads, {} kv heads",
+            self.heads,
+            self.kv_heads
+        );
+        assert_eq!(q.value().rows(), self.batch * self.queries, "attention: queries {:?}", q.shape());
+        for x in [k, v] {
+            assert_eq!(x.value().rows(), self.batch * self.keys, "attention: keys {:?}", x.shape());
+            assert_eq!(x.value().width(), d * self.kv_heads, "attention: keys {:?}", x.shape());
+        }
+        if let Some(m) = &self.key_mask {
+            assert_eq!(m.len(), self.batch * self.keys, "attention: key mask");
+        }
+        if let Some((keep, of)) = self.pattern {
+            let allowed = 0 < keep && keep < of && of.is_power_of_two() && of <= 256;
+            assert!(allowed, "attention pattern {keep}:{of}: 0 < keep < of, of a power of two up to 256");
+        }
+        // The index of a dropout draw is 32 bits wide.
+        let weights = self.batch * self.heads * self.queries * self.keys;
+        assert!(self.dropout == 0.0 || weights <= u32::MAX as usize, "attention too large for dropout");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::check::{check, close, noise};
+    use super::super::weighted_sum::dot;
+    use super::*;
+
+    fn spec(batch: usize, queries: usize, keys: usize, heads: usize) -> Attention {
+        Attention {
+            batch,
+            queries,
+            keys,
+            heads,
+            kv_heads: heads,
+            scale: 0.5,
+            causal: false,
+            key_mask: None,
+            pattern: None,
+            dropout: 0.0,
+        }
+    }
+
+    /// Exhaustive definition of the kept keys: every subset of a group that is best by magnitude, ties
+    /// to the lower index.
+    fn kept(p: &[f64], keep: usize, of: usize) -> Vec<bool> {
+        let mut out = vec![false; p.len()];
+        for start in (0..p.len()).step_by(of) {
+            let group = start..p.len().min(start + of);
+            let mut order: Vec<usize> = group.collect();
+            order.sort_by(|&a, &b| p[b].total_cmp(&p[a]).then(a.cmp(&b)));
+            for &i in order.iter().take(keep) {
+                out[i] = true;
+            }
+        }
+        out
+    }
+
+    fn reference(x: &[Vec<f64>], s: &Attention) -> Vec<f64> {
+        let d = x[0].len() / (s.batch * s.queries * s.heads);
+        let (qw, kw) = (s.heads * d, s.kv_heads * d);
+        let mut out = vec![0.0; x[0].len()];
+        for b in 0..s.batch {
+            for h in 0..s.heads {
+                let g = h / (s.heads / s.kv_heads);
+                for i in 0..s.queries {
+                    let q = &x[0][(b * s.queries + i) * qw + h * d..][..d];
+                    let mut p: Vec<f64> = (0..s.keys)
+                        .map(|j| {
+                            let seen = s.key_mask.as_ref().is_none_or(|m| m[b * s.keys + j])
+                                && (!s.causal || j + s.queries <= i + s.keys);
+                            let k = &x[1][(b * s.keys + j) * kw + g * d..][..d];
+                            let dot: f64 = q.iter().zip(k).map(|(a, b)| a * b).sum();
+                            if seen { (dot * s.scale as f64).exp() } else { 0.0 }
+                        })
+                        .collect();
+                    let sum: f64 = p.iter().sum();
+                    p.iter_mut().for_each(|v| *v = if sum > 0.0 { *v / sum } else { 0.0 });
+                    if let Some((keep, of)) = s.pattern {
+                        let kept = kept(&p, keep, of);
+                        p.iter_mut().zip(kept).for_each(|(v, k)| *v *= k as u8 as f64);
+                    }
+                    for j in 0..s.keys {
+                        for e in 0..d {
+                            out[(b * s.queries + i) * qw + h * d + e] +=
+                                p[j] * x[2][(b * s.keys + j) * kw + g * d + e];
+                        }
+                    }
+                }
+            }
+        }
+        out
+    }
+
+    fn run(s: &Attention, d: usize) {
+        let q = noise(&[s.batch * s.queries, s.heads * d], 1);
+        let k = noise(&[s.batch * s.keys, s.kv_heads * d], 2);
+        let v = noise(&[s.batch * s.keys, s.kv_heads * d], 3);
+        check(&[q, k, v], |t, x| attention(t, &x[0], &x[1], &x[2], s), |x| reference(x, s));
+    }
+
+    #[test]
+    fn self_attention_matches_reference() {
+        run(&spec(2, 5, 5, 2), 3);
+        run(&spec(1, 1, 1, 1), 4);
+    }
+
+    #[test]
+    fn padding_causal_cross_and_grouped_match_reference() {
+        let mut s = spec(2, 4, 4, 4);
+        s.key_mask = Some(vec![true, true, true, false, true, true, false, false]);
+        run(&s, 2);
+        s.causal = true;
+        s.kv_heads = 2;
+        run(&s, 2);
+        let mut cross = spec(2, 3, 6, 2);
+        cross.key_mask = Some((0..12).map(|i| i % 5 != 4).collect());
+        run(&cross, 2);
+        let mut cached = spec(1, 2, 5, 2);
+        cached.causal = true;
+        run(&cached, 2);
+    }
+
+    #[test]
+    fn every_pattern_matches_reference() {
+        for pattern in [(2, 4), (1, 4), (2, 8), (1, 8), (2, 16), (3, 4), (1, 2)] {
+            for causal in [false, true] {
+                let mut s = spec(2, 10, 10, 2); // 10 leaves a short last group
+                s.pattern = Some(pattern);
+                s.causal = causal;
+                s.key_mask = Some((0..20).map(|i| i < 17).collect());
+                run(&s, 2);
+            }
+        }
+    }
+
+    #[test]
+    fn ties_keep_the_lower_index() {
+        // Equal scores make every probability equal.
+        let mut s = spec(1, 1, 8, 1);
+        s.pattern = Some((2, 4));
+        let tape = Tape::inference();
+        let (q, k) = (tape.constant(Tensor::zeros(&[1, 8])), tape.constant(Tensor::zeros(&[8, 8])));
+        let eye = (0..64).map(|i| (i % 9 == 0) as u8 as f32).collect();
+        let v = tape.constant(Tensor::from_f32(eye, &[8, 8]));
+        let out = attention(&tape, &q, &k, &v, &s);
+        assert_eq!(out.value().f32(), [0.125, 0.125, 0.0, 0.0, 0.125, 0.125, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn a_query_that_sees_nothing_yields_zero() {
+        let mut s = spec(1, 2, 3, 1);
+        s.key_mask = Some(vec![false; 3]);
+        let tape = Tape::recording();
+        let x: Vec<Var> = [2, 3, 3].iter().map(|&n| tape.leaf(noise(&[n, 4], n as u64))).collect();
+        let out = attention(&tape, &x[0], &x[1], &x[2], &s);
+        assert!(out.value().f32().iter().all(|&v| v == 0.0));
+        let loss = dot(&tape, &out, &noise(&[2, 4], 9));
+        let mut g = tape.backward(&loss);
+        for v in &x {
+            assert!(g.take(v).unwrap().f32().iter().all(|&v| v == 0.0));
+        }
+    }
+
+    #[test]
+    fn dropout_keeps_the_mean_and_its_gradient_matches_its_mask() {
+        let mut s = spec(1, 64, 64, 2);
+        s.dropout = 0.25;
+        let inputs = [noise(&[64, 8], 1), noise(&[64, 8], 2), Tensor::full(&[64, 8], 1.0)];
+        let tape = Tape::training(5);
+        let x: Vec<Var> = inputs.iter().map(|t| tape.leaf(t.clone())).collect();
+        let out = attention(&tape, &x[0], &x[1], &x[2], &s);
+        let mean = out.value().f32().iter().sum::<f32>() / 512.0;
+        assert!((mean - 1.0).abs() < 0.05, "{mean}");
+        // The output is linear in V, so its gradient along V reproduces the output exactly.
+        let w = noise(&[64, 8], 4);
+        let loss = dot(&tape, &out, &w);
+        let want = loss.value().item() as f64;
+        let dv = tape.backward(&loss).take(&x[2]).unwrap();
+        close("linear in V", &[dv.f32().iter().sum()], &[want], 1e-4);
+    }
+}

@@ -1,0 +1,64 @@
+//! Sums of table rows: word, position and token-type embeddings in one pass.
+
+mod cpu;
+
+use crate::{Device, Tape, Tensor, Var};
+
+/// One table and the row each token takes from it.
+#[derive(Clone)]
+pub struct Lookup {
+    /// f32 `[entries, width]`.
+    pub table: Var,
+    /// One entry per token. Panics in the lookup if an id has no entry: batches are checked where they are made.
+    pub ids: Vec<u32>,
+    /// The row is multiplied by this.
+    pub factor: f32,
+}
+
+/// `out[t] = sum over lookups of factor * table[ids[t]]`: `[tokens, width]`.
+pub fn embedding(tape: &Tape, lookups: &[Lookup]) -> Var {
+    let (tokens, width) = (lookups[0].ids.len(), lookups[0].table.value().width());
+    for l in lookups {
+        assert_eq!((l.ids.len(), l.table.value().width()), (tokens, width), "embedding lookups differ");
+    }
+    let out = match lookups[0].table.value().device() {
+        Device::Cpu => cpu::forward(lookups, tokens, width),
+    };
+    let inputs: Vec<&Var> = lookups.iter().map(|l| &l.table).collect();
+    let kept = lookups.to_vec();
+    tape.push(out, &inputs, move |grad, grads| {
+        for l in &kept {
+            if grads.wants(&l.table) {
+                grads.add_with(&l.table, |sum: &mut Tensor| cpu::scatter(grad, &l.ids, l.factor, sum));
+            }
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::check::{check, noise};
+    use super::*;
+
+    #[test]
+    fn matches_reference() {
+        let (a, b) = (vec![1u32, 0, 1, 3], vec![0u32, 0, 1, 2]);
+        check(
+            &[noise(&[4, 5], 1), noise(&[3, 5], 2)],
+            |t, v| {
+                embedding(
+                    t,
+                    &[
+                        Lookup { table: v[0].clone(), ids: a.clone(), factor: 2.0 },
+                        Lookup { table: v[1].clone(), ids: b.clone(), factor: 1.0 },
+                    ],
+                )
+            },
+            |x| {
+                (0..20)
+                    .map(|i| 2.0 * x[0][a[i / 5] as usize * 5 + i % 5] + x[1][b[i / 5] as usize * 5 + i % 5])
+                    .collect()
+            },
+        );
+    }
+}

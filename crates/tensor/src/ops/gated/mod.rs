@@ -1,0 +1,33 @@
+//! The gated feed-forward product `silu(gate) * up` (SwiGLU, Shazeer 2020, arXiv 2002.05202).
+
+mod cpu;
+
+use crate::{Device, Tape, Var};
+
+/// `silu(gate) * up`, same shape.
+pub fn gated_silu(tape: &Tape, gate: &Var, up: &Var) -> Var {
+    assert_eq!(gate.shape(), up.shape(), "gated_silu");
+    let y = match gate.value().device() {
+        Device::Cpu => cpu::forward(gate.value(), up.value()),
+    };
+    let (g2, u2) = (gate.clone(), up.clone());
+    tape.push(y, &[gate, up], move |grad, grads| {
+        let (dgate, dup) = cpu::backward(grad, g2.value(), u2.value());
+        grads.add(&g2, dgate);
+        grads.add(&u2, dup);
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::check::{check, noise};
+
+    #[test]
+    fn matches_reference() {
+        check(
+            &[noise(&[3, 5], 1), noise(&[3, 5], 2)],
+            |t, v| super::gated_silu(t, &v[0], &v[1]),
+            |x| x[0].iter().zip(&x[1]).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect(),
+        );
+    }
+}

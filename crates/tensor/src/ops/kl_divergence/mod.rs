@@ -1,0 +1,68 @@
+//! Kullback-Leibler divergence from teacher to student logits: the soft loss (paper, algorithm 1, L_KLD).
+
+mod cpu;
+
+use crate::{Device, Tape, Tensor, Var};
+
+/// `mean over rows of sum_c p_c (log p_c - log q_c)` with `p = softmax(teacher / t)` and
+/// `q = softmax(student / t)`, shape `[1]`. Both are `[.., classes]`; rows whose `counts` is false are
+/// left out. There is no factor `t^2`: the loss's own weight (beta) takes its place.
+pub fn kl_divergence(tape: &Tape, student: &Var, teacher: &Tensor, t: f32, counts: Option<&[bool]>) -> Var {
+    assert_eq!(student.shape(), teacher.shape(), "kl_divergence");
+    assert!(t > 0.0, "temperature {t}");
+    if let Some(c) = counts {
+        assert_eq!(c.len(), teacher.rows(), "kl_divergence: one flag per row");
+    }
+    let loss = match teacher.device() {
+        Device::Cpu => cpu::forward(student.value(), teacher, t, counts),
+    };
+    let (s, teacher, counts) = (student.clone(), teacher.clone(), counts.map(<[bool]>::to_vec));
+    tape.push(Tensor::scalar(loss), &[student], move |grad, grads| {
+        grads.add(&s, cpu::backward(grad.item(), s.value(), &teacher, t, counts.as_deref()));
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::check::{check, noise};
+    use super::*;
+
+    #[test]
+    fn matches_reference() {
+        let teacher = noise(&[3, 4], 2);
+        let counts = [true, false, true];
+        let log_softmax = |row: &[f64], t: f64| -> Vec<f64> {
+            let z = row.iter().map(|v| (v / t).exp()).sum::<f64>().ln();
+            row.iter().map(|v| v / t - z).collect()
+        };
+        for (counts, n) in [(None, 3.0), (Some(&counts[..]), 2.0)] {
+            check(
+                &[noise(&[3, 4], 1)],
+                |t, v| kl_divergence(t, &v[0], &teacher, 2.0, counts),
+                |x| {
+                    let mut sum = 0.0;
+                    for r in 0..3 {
+                        if counts.is_some_and(|c| !c[r]) {
+                            continue;
+                        }
+                        let wide: Vec<f64> =
+                            teacher.f32()[r * 4..r * 4 + 4].iter().map(|&v| v as f64).collect();
+                        let (p, q) = (log_softmax(&wide, 2.0), log_softmax(&x[0][r * 4..r * 4 + 4], 2.0));
+                        sum += p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>();
+                    }
+                    vec![sum / n]
+                },
+            );
+        }
+    }
+
+    #[test]
+    fn equal_logits_have_no_divergence() {
+        let tape = Tape::recording();
+        let t = noise(&[5, 7], 1);
+        let s = tape.leaf(t.clone());
+        let loss = kl_divergence(&tape, &s, &t, 3.0, None);
+        assert!(loss.value().item().abs() < 1e-7);
+        assert!(tape.backward(&loss).take(&s).unwrap().f32().iter().all(|g| g.abs() < 1e-7));
+    }
+}

@@ -1,0 +1,71 @@
+//! Layer normalisation over rows (Ba et al. 2016, arXiv 1607.06450), with the residual sum before it fused in.
+
+mod cpu;
+
+pub(crate) use cpu::lane_sum;
+
+use crate::{Device, Tape, Var};
+
+/// `(x + residual - mean) / sqrt(var + eps) * gain + bias`, mean and (biased) variance over each row.
+/// `gain` and `bias` are `[width]`.
+pub fn layer_norm(tape: &Tape, x: &Var, residual: Option<&Var>, gain: &Var, bias: &Var, eps: f32) -> Var {
+    assert_eq!(x.value().width(), gain.value().len(), "layer_norm: {:?}, {:?}", x.shape(), gain.shape());
+    let inputs: Vec<&Var> = [x, gain, bias].into_iter().chain(residual).collect();
+    let keep = tape.tracks(&inputs);
+    let (y, saved) = match x.value().device() {
+        Device::Cpu => {
+            cpu::forward(x.value(), residual.map(Var::value), gain.value(), bias.value(), eps, keep)
+        }
+    };
+    let (x2, r2, g2, b2) = (x.clone(), residual.cloned(), gain.clone(), bias.clone());
+    tape.push(y, &inputs, move |grad, grads| {
+        let (dx, dgain, dbias) = cpu::backward(grad, &saved.expect("kept when tracked"), g2.value());
+        grads.add(&g2, dgain);
+        grads.add(&b2, dbias);
+        if let Some(r) = &r2 {
+            grads.add(r, dx.clone());
+        }
+        grads.add(&x2, dx);
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::check::{check, noise};
+    use super::*;
+
+    fn reference(x: &[Vec<f64>], eps: f64) -> Vec<f64> {
+        let (gain, bias) = (&x[1], &x[2]);
+        let w = gain.len();
+        let sum: Vec<f64> = match x.get(3) {
+            Some(r) => x[0].iter().zip(r).map(|(a, b)| a + b).collect(),
+            None => x[0].clone(),
+        };
+        sum.chunks(w)
+            .flat_map(|row| {
+                let mean = row.iter().sum::<f64>() / w as f64;
+                let var = row.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / w as f64;
+                let r = 1.0 / (var + eps).sqrt();
+                row.iter().enumerate().map(|(i, v)| (v - mean) * r * gain[i] + bias[i]).collect::<Vec<_>>()
+            })
+            .collect()
+    }
+
+    #[test]
+    fn matches_reference() {
+        for width in [3, 8, 37] {
+            let inputs =
+                [noise(&[4, width], 1), noise(&[width], 2), noise(&[width], 3), noise(&[4, width], 4)];
+            check(
+                &inputs,
+                |t, v| layer_norm(t, &v[0], Some(&v[3]), &v[1], &v[2], 1e-5),
+                |x| reference(x, 1e-5f32 as f64),
+            );
+            check(
+                &inputs[..3],
+                |t, v| layer_norm(t, &v[0], None, &v[1], &v[2], 1e-5),
+                |x| reference(x, 1e-5f32 as f64),
+            );
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! `y = x W^T + b`, for f32 operands and for quantised ones.
+
+mod cpu;
+
+use super::lsq::Quantized;
+use crate::{Device, Tape, Var};
+
+/// `x` `[.., in]` times `weight` `[out, in]` transposed, plus `bias` `[out]`: `[.., out]`.
+pub fn linear(tape: &Tape, x: &Var, weight: &Var, bias: Option<&Var>) -> Var {
+    let (out, width) = (weight.shape()[0], weight.shape()[1]);
+    assert_eq!(x.value().width(), width, "linear: input {:?}, weight {:?}", x.shape(), weight.shape());
+    let y = match x.value().device() {
+        Device::Cpu => cpu::forward(x.value(), weight.value(), bias.map(Var::value)),
+    };
+    let inputs: Vec<&Var> = [x, weight].into_iter().chain(bias).collect();
+    let (x2, w2, b2) = (x.clone(), weight.clone(), bias.cloned());
+    tape.push(y, &inputs, move |grad, grads| {
+        let grad = grad.reshape(&[grad.len() / out, out]);
+        if grads.wants(&x2) {
+            grads.add(&x2, cpu::input_gradient(&grad, w2.value(), x2.shape()));
+        }
+        if grads.wants(&w2) {
+            grads.add_with(&w2, |sum| cpu::weight_gradient(&grad, x2.value(), 1.0, sum));
+        }
+        if let Some(b) = b2.filter(|b| grads.wants(b)) {
+            grads.add(&b, cpu::bias_gradient(&grad));
+        }
+    })
+}
+
+/// The integer product of quantised `x` (one scale) and `weight` (one scale per row), scaled to f32:
+/// `y[t, o] = (sum_i cx[t, i] cw[o, i]) * (sx * sw[o]) + b[o]`.
+///
+/// The sum is exact, as INT8 hardware computes it in 32-bit accumulators, and the scaling is two
+/// separately rounded f32 operations; [`super::int8_linear`] computes the same bits from the same codes.
+/// The gradients of `x` and `weight` are those of the dequantised operands (code times scale).
+pub fn quantized_linear(tape: &Tape, x: &Quantized, weight: &Quantized, bias: Option<&Var>) -> Var {
+    let (cx, cw) = (&x.codes, &weight.codes);
+    let out = cw.shape()[0];
+    assert_eq!(cx.value().width(), cw.shape()[1], "quantized_linear: {:?}, {:?}", cx.shape(), cw.shape());
+    let (sx, sw) = (x.scale.item(), weight.scale.clone());
+    let y = match cx.value().device() {
+        Device::Cpu => cpu::forward_codes(cx.value(), cw.value(), sx, &sw, bias.map(Var::value)),
+    };
+    let inputs: Vec<&Var> = [cx, cw].into_iter().chain(bias).collect();
+    let (cx2, cw2, b2) = (cx.clone(), cw.clone(), bias.cloned());
+    tape.push(y, &inputs, move |grad, grads| {
+        let grad = grad.reshape(&[grad.len() / out, out]);
+        if grads.wants(&cx2) {
+            let scaled = cpu::scale_columns(&grad, &sw);
+            grads.add(&cx2, cpu::input_gradient(&scaled, cw2.value(), cx2.shape()));
+        }
+        if grads.wants(&cw2) {
+            grads.add_with(&cw2, |sum| cpu::weight_gradient(&grad, cx2.value(), sx, sum));
+        }
+        if let Some(b) = b2.filter(|b| grads.wants(b)) {
+            grads.add(&b, cpu::bias_gradient(&grad));
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::check::{check, close, noise};
+    use super::super::lsq;
+    use super::*;
+    use crate::Tensor;
+
+    fn reference(x: &[Vec<f64>], width: usize) -> Vec<f64> {
+        let out = x[1].len() / width;
+        let mut y = Vec::new();
+        for row in x[0].chunks(width) {
+            for o in 0..out {
+                let dot: f64 = row.iter().zip(&x[1][o * width..]).map(|(a, b)| a * b).sum();
+                y.push(dot + x.get(2).map_or(0.0, |b| b[o]));
+            }
+        }
+        y
+    }
+
+    #[test]
+    fn matches_reference() {
+        for (tokens, width, out) in [(1, 1, 1), (7, 5, 3), (3, 16, 33)] {
+            let inputs = [noise(&[tokens, width], 1), noise(&[out, width], 2), noise(&[out], 3)];
+            check(&inputs, |t, v| linear(t, &v[0], &v[1], Some(&v[2])), |x| reference(x, width));
+            check(&inputs[..2], |t, v| linear(t, &v[0], &v[1], None), |x| reference(x, width));
+        }
+    }
+
+    /// Codes at the extreme of the range over more columns than f32 adds exactly.
+    #[test]
+    fn quantized_sums_are_exact_where_f32_sums_are_not() {
+        let width = 4096;
+        let x = Tensor::from_f32(
+            (0..width).map(|i| if i % 97 == 0 { -126.0 } else { 127.0 }).collect(),
+            &[1, width],
+        );
+        let w = Tensor::full(&[2, width], 127.0);
+        let tape = Tape::inference();
+        let one = Tensor::full(&[2], 1.0);
+        let y = quantized_linear(
+            &tape,
+            &Quantized { codes: tape.constant(x.clone()), scale: Tensor::scalar(1.0) },
+            &Quantized { codes: tape.constant(w), scale: one },
+            None,
+        );
+        let exact: i64 = x.f32().iter().map(|&v| v as i64 * 127).sum();
+        assert!(exact > 1 << 24);
+        assert_eq!(y.value().f32(), [exact as i32 as f32; 2]);
+    }
+
+    #[test]
+    fn quantized_gradients_are_those_of_the_dequantised_operands() {
+        let (x, w) = (noise(&[5, 8], 1), noise(&[3, 8], 2));
+        let (sx, sw) = (Tensor::scalar(0.02), Tensor::from_f32(vec![0.02, 0.03, 0.05], &[3]));
+        let mask = Tensor::from_u8(vec![1; 24], &[3, 8]);
+        let tape = Tape::recording();
+        let (xv, wv) = (tape.leaf(x), tape.leaf(w));
+        let (sxv, swv) = (tape.leaf(sx), tape.leaf(sw));
+        let qx = lsq::quantize_activation(&tape, &xv, &sxv);
+        let qw = lsq::quantize_weight(&tape, &wv, &mask, &swv);
+        let y = quantized_linear(&tape, &qx, &qw, None);
+        let dequantised = |c: &Tensor, s: &dyn Fn(usize) -> f32| -> Vec<f64> {
+            c.f32().iter().enumerate().map(|(i, &c)| (c * s(i)) as f64).collect()
+        };
+        let dx = dequantised(qx.codes.value(), &|_| 0.02);
+        let dw = dequantised(qw.codes.value(), &|i| [0.02, 0.03, 0.05][i / 8]);
+        close("output", y.value().f32(), &reference(&[dx.clone(), dw.clone()], 8), 1e-5);
+        let weights = noise(&[5, 3], 4);
+        let loss = super::super::weighted_sum::dot(&tape, &y, &weights);
+        let mut grads = tape.backward(&loss);
+        // Nothing is clipped here, so the straight-through gradient is the linear map's own.
+        let mut gx = vec![0.0; 40];
+        let mut gw = vec![0.0; 24];
+        for t in 0..5 {
+            for o in 0..3 {
+                for i in 0..8 {
+                    gx[t * 8 + i] += weights.f32()[t * 3 + o] as f64 * dw[o * 8 + i];
+                    gw[o * 8 + i] += weights.f32()[t * 3 + o] as f64 * dx[t * 8 + i];
+                }
+            }
+        }
+        close("dx", grads.take(&xv).unwrap().f32(), &gx, 1e-5);
+        close("dw", grads.take(&wv).unwrap().f32(), &gw, 1e-5);
+        assert!(grads.take(&sxv).is_some() && grads.take(&swv).is_some());
+    }
+}

@@ -1,0 +1,138 @@
+//! Learned step size quantisation to INT8 (Esser et al. 2020, arXiv 1902.08153): symmetric codes
+//! -127..=127, round half to even, no zero point.
+//!
+//! `code = clamp(round(x / s), -127, 127)`. Backward, with `g` the gradient of the dequantised value
+//! `code * s`: `dx = g` inside the range and 0 outside (straight-through); `ds = g * (code - x / s)`
+//! inside and `g * code` outside, summed over the `n` elements that share `s` and scaled by
+//! `1 / sqrt(n * 127)` (section 2.2 there).
+
+mod cpu;
+
+pub use cpu::code;
+
+use crate::{Device, Tape, Tensor, Var};
+
+/// Codes with the step size that makes values of them.
+#[derive(Clone)]
+pub struct Quantized {
+    /// Integers -127..=127 held as f32. **Its gradient is that of the dequantised value** `code * scale`.
+    pub codes: Var,
+    /// f32 `[1]` (one step for the tensor) or `[rows]` (one for each row).
+    pub scale: Tensor,
+}
+
+/// Quantises a tensor with one positive step size `scale` `[1]`.
+pub fn quantize_activation(tape: &Tape, x: &Var, scale: &Var) -> Quantized {
+    let s = scale.value().item();
+    let codes = match x.value().device() {
+        Device::Cpu => cpu::codes(x.value(), s),
+    };
+    let (x2, s2) = (x.clone(), scale.clone());
+    let kept = tape.tracks(&[x, scale]).then(|| codes.clone());
+    let codes = tape.push(codes, &[x, scale], move |grad, grads| {
+        let codes = kept.expect("kept when tracked");
+        let (dx, ds) = cpu::backward(grad, x2.value(), &codes, s);
+        grads.add(&x2, dx);
+        grads.add(&s2, Tensor::scalar(ds));
+    });
+    Quantized { codes, scale: scale.value().clone() }
+}
+
+/// Quantises and dequantises a tensor with one step size: the pair after a layer (paper, figure 2).
+pub fn fake_quantize(tape: &Tape, x: &Var, scale: &Var) -> Var {
+    let s = scale.value().item();
+    let value = match x.value().device() {
+        Device::Cpu => cpu::dequantised(x.value(), s),
+    };
+    let (x2, s2) = (x.clone(), scale.clone());
+    tape.push(value, &[x, scale], move |grad, grads| {
+        let (dx, ds) = cpu::backward(grad, x2.value(), &cpu::codes(x2.value(), s), s);
+        grads.add(&x2, dx);
+        grads.add(&s2, Tensor::scalar(ds));
+    })
+}
+
+/// Quantises `weight * mask` (`[rows, cols]`, mask u8) with one positive step size per row, `scale` `[rows]`.
+pub fn quantize_weight(tape: &Tape, weight: &Var, mask: &Tensor, scale: &Var) -> Quantized {
+    assert_eq!(weight.shape(), mask.shape(), "quantize_weight: mask");
+    assert_eq!(scale.value().len(), weight.shape()[0], "quantize_weight: one scale per row");
+    let codes = match weight.value().device() {
+        Device::Cpu => cpu::weight_codes(weight.value(), mask, scale.value()),
+    };
+    let (w2, s2, mask) = (weight.clone(), scale.clone(), mask.clone());
+    let kept = tape.tracks(&[weight, scale]).then(|| codes.clone());
+    let codes = tape.push(codes, &[weight, scale], move |grad, grads| {
+        let codes = kept.expect("kept when tracked");
+        let (dw, ds) = cpu::weight_backward(grad, w2.value(), &mask, &codes, s2.value());
+        grads.add(&w2, dw);
+        grads.add(&s2, ds);
+    });
+    Quantized { codes, scale: scale.value().clone() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::check::{close, noise};
+    use super::super::weighted_sum::dot;
+    use super::*;
+
+    #[test]
+    fn codes_round_half_to_even_and_clip() {
+        let x = [0.5, 1.5, 2.5, -0.5, -1.5, 126.5, 127.5, 1e9, -1e9, 0.0, f32::NAN];
+        let want = [0.0, 2.0, 2.0, 0.0, -2.0, 126.0, 127.0, 127.0, -127.0, 0.0, 0.0];
+        for (x, want) in x.iter().zip(want) {
+            assert_eq!(code(*x, 1.0), want, "{x}");
+            assert!(code(*x, 1.0).to_bits() != (-0.0f32).to_bits(), "no negative zero from {x}");
+        }
+        let t = Tensor::from_f32(x.to_vec(), &[11]);
+        assert_eq!(cpu::codes(&t, 1.0).f32(), want);
+    }
+
+    /// The straight-through gradient and Esser's step-size gradient, element by element.
+    #[test]
+    fn gradients_follow_the_paper() {
+        let x = [0.3f32, -0.74, 5.0, -5.0, 0.01];
+        let s = 0.03f32;
+        let w = noise(&[5], 3);
+        let tape = Tape::recording();
+        let (xv, sv) = (tape.leaf(Tensor::from_f32(x.to_vec(), &[5])), tape.leaf(Tensor::scalar(s)));
+        let q = fake_quantize(&tape, &xv, &sv);
+        let loss = dot(&tape, &q, &w);
+        let mut grads = tape.backward(&loss);
+        let (mut dx, mut ds) = (Vec::new(), 0.0f64);
+        for (&x, &g) in x.iter().zip(w.f32()) {
+            let (v, g) = ((x / s) as f64, g as f64);
+            let inside = v.abs() <= 127.0;
+            dx.push(if inside { g } else { 0.0 });
+            ds += g * if inside { v.round_ties_even() - v } else { 127.0 * v.signum() };
+        }
+        close("dx", grads.take(&xv).unwrap().f32(), &dx, 1e-6);
+        close("ds", grads.take(&sv).unwrap().f32(), &[ds / (5.0f64 * 127.0).sqrt()], 1e-5);
+    }
+
+    #[test]
+    fn weight_gradients_are_per_row_and_masked() {
+        let w = noise(&[2, 4], 5);
+        let mask = Tensor::from_u8(vec![1, 0, 1, 0, 0, 1, 1, 0], &[2, 4]);
+        let scale = [0.004f32, 0.02];
+        let weights = noise(&[2, 4], 6);
+        let tape = Tape::recording();
+        let (wv, sv) = (tape.leaf(w.clone()), tape.leaf(Tensor::from_f32(scale.to_vec(), &[2])));
+        let q = quantize_weight(&tape, &wv, &mask, &sv);
+        let loss = dot(&tape, &q.codes, &weights);
+        let mut grads = tape.backward(&loss);
+        let (mut dw, mut ds) = (vec![0.0f64; 8], vec![0.0f64; 2]);
+        for i in 0..8 {
+            let (s, g) = (scale[i / 4], weights.f32()[i] as f64);
+            let v = (w.f32()[i] * mask.u8()[i] as f32 / s) as f64;
+            let c = v.round_ties_even().clamp(-127.0, 127.0);
+            assert_eq!(q.codes.value().f32()[i] as f64, c);
+            let inside = v.abs() <= 127.0;
+            dw[i] = if inside && mask.u8()[i] == 1 { g } else { 0.0 };
+            ds[i / 4] += g * if inside { c - v } else { c };
+        }
+        let n = (4.0f64 * 127.0).sqrt();
+        close("dw", grads.take(&wv).unwrap().f32(), &dw, 1e-6);
+        close("ds", grads.take(&sv).unwrap().f32(), &[ds[0] / n, ds[1] / n], 1e-5);
+    }
+}

@@ -1,0 +1,161 @@
+//! Reverse-mode differentiation over the fused operations.
+//!
+//! A [`Tape`] records, for each result that depends on a leaf, the closure that turns the result's
+//! gradient into its inputs' gradients. [`Tape::backward`] runs them in reverse and frees each as it
+//! goes. An inference tape records nothing, so that teacher and evaluation passes keep no activations.
+
+use std::cell::{Cell, RefCell};
+
+use crate::Tensor;
+use crate::ops::add;
+
+type Backward = Box<dyn FnOnce(&Tensor, &mut Grads)>;
+
+/// A value on a tape: the tensor, and its place on the tape if a gradient flows through it.
+#[derive(Clone)]
+pub struct Var {
+    value: Tensor,
+    node: Option<usize>,
+}
+
+impl Var {
+    /// The computed value.
+    pub fn value(&self) -> &Tensor {
+        &self.value
+    }
+
+    /// Extent of each dimension.
+    pub fn shape(&self) -> &[usize] {
+        self.value.shape()
+    }
+
+    /// Whether a gradient flows through this value.
+    pub fn tracked(&self) -> bool {
+        self.node.is_some()
+    }
+}
+
+/// Gradients by tape position, filled by [`Tape::backward`].
+pub struct Grads {
+    slots: Vec<Option<Tensor>>,
+}
+
+impl Grads {
+    /// Whether the gradient of `var` is asked for.
+    pub fn wants(&self, var: &Var) -> bool {
+        var.node.is_some()
+    }
+
+    /// Adds `grad` (the shape of `var`'s value) to the gradient of `var`.
+    pub fn add(&mut self, var: &Var, grad: Tensor) {
+        let Some(node) = var.node else { return };
+        debug_assert_eq!(
+            grad.len(),
+            var.value.len(),
+            "gradient of shape {:?} for {:?}",
+            grad.shape(),
+            var.shape()
+        );
+        match &mut self.slots[node] {
+            Some(sum) => add::accumulate(sum, &grad),
+            empty => *empty = Some(grad),
+        }
+    }
+
+    /// Lets `f` add to the gradient of `var` in place; it starts at zero.
+    pub fn add_with(&mut self, var: &Var, f: impl FnOnce(&mut Tensor)) {
+        let Some(node) = var.node else { return };
+        f(self.slots[node].get_or_insert_with(|| Tensor::zeros(var.shape())));
+    }
+
+    /// Takes the gradient of `var`; `None` if nothing that was differentiated depends on it.
+    pub fn take(&mut self, var: &Var) -> Option<Tensor> {
+        self.slots[var.node?].take()
+    }
+}
+
+/// The record of one forward pass.
+pub struct Tape {
+    nodes: RefCell<Vec<Option<Backward>>>,
+    recording: bool,
+    /// Dropout key; `None` switches dropout off.
+    seed: Option<u64>,
+    draws: Cell<u32>,
+}
+
+impl Tape {
+    /// A tape that records, without dropout.
+    pub fn recording() -> Self {
+        Tape { nodes: RefCell::default(), recording: true, seed: None, draws: Cell::new(0) }
+    }
+
+    /// A tape that records, with dropout drawn from `seed`: the same seed gives the same masks.
+    pub fn training(seed: u64) -> Self {
+        Tape { seed: Some(seed), ..Self::recording() }
+    }
+
+    /// A tape that records nothing: no gradients, no dropout, no kept activations.
+    pub fn inference() -> Self {
+        Tape { recording: false, ..Self::recording() }
+    }
+
+    /// A value whose gradient is wanted.
+    pub fn leaf(&self, value: Tensor) -> Var {
+        if !self.recording {
+            return Var { value, node: None };
+        }
+        Var { value, node: Some(self.slot(None)) }
+    }
+
+    /// A value whose gradient is not wanted.
+    pub fn constant(&self, value: Tensor) -> Var {
+        Var { value, node: None }
+    }
+
+    /// The key for the next dropout, if this tape drops.
+    pub(crate) fn next_draw(&self) -> Option<u64> {
+        let seed = self.seed?;
+        let n = self.draws.replace(self.draws.get() + 1);
+        Some(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add((n as u64) << 1 | 1))
+    }
+
+    /// Whether an operation on `inputs` will be differentiated, so that it must keep what its backward needs.
+    pub(crate) fn tracks(&self, inputs: &[&Var]) -> bool {
+        self.recording && inputs.iter().any(|v| v.tracked())
+    }
+
+    /// Records a result of `inputs`. `backward` receives the result's gradient; it is dropped unused if
+    /// no input is tracked.
+    pub(crate) fn push(
+        &self,
+        value: Tensor,
+        inputs: &[&Var],
+        backward: impl FnOnce(&Tensor, &mut Grads) + 'static,
+    ) -> Var {
+        if !self.tracks(inputs) {
+            return Var { value, node: None };
+        }
+        Var { value, node: Some(self.slot(Some(Box::new(backward)))) }
+    }
+
+    fn slot(&self, backward: Option<Backward>) -> usize {
+        let mut nodes = self.nodes.borrow_mut();
+        nodes.push(backward);
+        nodes.len() - 1
+    }
+
+    /// Gradients of the one-element `loss` with respect to every leaf. The record is used up.
+    pub fn backward(self, loss: &Var) -> Grads {
+        let mut nodes = self.nodes.into_inner();
+        let mut grads = Grads { slots: vec![None; nodes.len()] };
+        grads.add(loss, Tensor::full(loss.shape(), 1.0));
+        for i in (0..nodes.len()).rev() {
+            // Leaves have no closure and keep their gradient for `take`.
+            let Some(backward) = nodes[i].take() else { continue };
+            if let Some(grad) = grads.slots[i].take() {
+                backward(&grad, &mut grads);
+            }
+        }
+        grads
+    }
+}
