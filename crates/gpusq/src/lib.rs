@@ -2,7 +2,9 @@
 #![forbid(unsafe_code)]
 
 mod error;
+pub mod arch;
 pub mod params;
+pub mod spec;
 
 pub use error::{Error, Result};
 pub use gpusq_tensor as tensor;

@@ -1,0 +1,423 @@
+//! The one training forward: specification + weights + tape -> logits and taps.
+//!
+//! It serves dense, pruned and fake-quantised weights alike ([`Bound`] decides per weight), teacher and
+//! student, training and evaluation, every family.
+
+use std::collections::BTreeMap;
+
+use gpusq_tensor::ops::activation::activation;
+use gpusq_tensor::ops::add::add;
+use gpusq_tensor::ops::attention::{Attention, attention};
+use gpusq_tensor::ops::dropout::dropout;
+use gpusq_tensor::ops::embedding::{Lookup, embedding};
+use gpusq_tensor::ops::gated::gated_silu;
+use gpusq_tensor::ops::layer_norm::layer_norm;
+use gpusq_tensor::ops::linear::{linear, quantized_linear};
+use gpusq_tensor::ops::lsq::{self, Quantized};
+use gpusq_tensor::ops::masked::{MaskGradient, masked};
+use gpusq_tensor::ops::rms_norm::rms_norm;
+use gpusq_tensor::ops::rotary::{RotaryTable, rotary};
+use gpusq_tensor::ops::select::select_rows;
+use gpusq_tensor::{Grads, Tape, Tensor, Var};
+
+use crate::params::{Params, Weight};
+use crate::sparsity::Pattern;
+use crate::spec::*;
+
+/// Padded sequences of one length.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Tokens {
+    /// Sequences.
+    pub batch: usize,
+    /// Positions of each, padding included.
+    pub length: usize,
+    /// Token ids, `[batch * length]`.
+    pub ids: Vec<u32>,
+    /// Token types, `[batch * length]`; empty where the model has none.
+    pub types: Vec<u32>,
+    /// False for padding, `[batch * length]`; `None` if nothing is padded.
+    pub mask: Option<Vec<bool>>,
+}
+
+/// Model inputs: the encoder's (or a decoder-only model's) tokens, and a target's for encoder-decoders.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Inputs {
+    /// Source tokens.
+    pub tokens: Tokens,
+    /// Target tokens of an encoder-decoder.
+    pub target: Option<Tokens>,
+}
+
+/// Which activations a forward keeps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TapSet {
+    /// Embedding output (`encoder.embed`), block outputs (`encoder.0`) and the last hidden states (`encoder.last`).
+    pub blocks: bool,
+    /// Attention outputs before the output projection (`encoder.0.attn`).
+    pub attention: bool,
+    /// Inputs of linear maps, by [`Linear::input`], and their outputs, by [`Linear::name`] + `.y`.
+    pub linears: bool,
+}
+
+/// Activations by name.
+pub type Taps = BTreeMap<String, Var>;
+
+/// What a forward returns.
+pub struct Output {
+    /// The head's output; the last hidden states for [`Head::None`]. Shapes as in [`Head`].
+    pub logits: Var,
+    /// What was asked for.
+    pub taps: Taps,
+}
+
+/// Weights placed on a tape.
+pub struct Bound {
+    leaves: BTreeMap<String, Leaf>,
+}
+
+struct Leaf {
+    /// What the optimiser trains.
+    raw: Var,
+    /// What the forward multiplies with.
+    effective: Effective,
+    /// Step sizes of a fake-quantised weight.
+    scale: Option<Var>,
+}
+
+enum Effective {
+    Plain(Var),
+    Quantized(Quantized),
+}
+
+impl Bound {
+    /// Puts `params` on `tape`. A bound inference tape may serve any number of forwards.
+    pub fn new(tape: &Tape, params: &Params, gradient: MaskGradient) -> Self {
+        let leaves = params.iter().map(|(name, w)| {
+            let leaf = match w {
+                Weight::Dense(t) => {
+                    let raw = tape.leaf(t.clone());
+                    Leaf { effective: Effective::Plain(raw.clone()), raw, scale: None }
+                }
+                Weight::Masked { value, mask } => {
+                    let raw = tape.leaf(value.clone());
+                    Leaf { effective: Effective::Plain(masked(tape, &raw, mask, gradient)), raw, scale: None }
+                }
+                Weight::Fake { value, mask, scale } => {
+                    let (raw, scale) = (tape.leaf(value.clone()), tape.leaf(scale.clone()));
+                    let codes = lsq::quantize_weight(tape, &raw, mask, &scale);
+                    Leaf { effective: Effective::Quantized(codes), raw, scale: Some(scale) }
+                }
+                Weight::Packed(_) => panic!("`{name}` is packed: packed models run in the engine"),
+            };
+            (name.to_string(), leaf)
+        });
+        Bound { leaves: leaves.collect() }
+    }
+
+    /// Takes the gradients of every weight: `(name, gradient, step-size gradient)`. A weight the loss does
+    /// not depend on has none.
+    pub fn gradients(&self, grads: &mut Grads) -> BTreeMap<String, (Tensor, Option<Tensor>)> {
+        let mut out = BTreeMap::new();
+        for (name, leaf) in &self.leaves {
+            if let Some(g) = grads.take(&leaf.raw) {
+                let s = leaf.scale.as_ref().and_then(|s| grads.take(s));
+                out.insert(name.clone(), (g, s));
+            }
+        }
+        out
+    }
+
+    fn get(&self, name: &str) -> &Leaf {
+        self.leaves.get(name).unwrap_or_else(|| panic!("no weight `{name}`: loading checks that all are there"))
+    }
+
+    fn plain(&self, name: &str) -> &Var {
+        match &self.get(name).effective {
+            Effective::Plain(v) => v,
+            Effective::Quantized(_) => panic!("`{name}` is quantised where only a dense weight can be"),
+        }
+    }
+}
+
+/// A tensor that linear maps read: as it is, and quantised if its maps are.
+struct Input {
+    plain: Var,
+    quantized: Option<Quantized>,
+}
+
+/// One forward pass in progress.
+pub struct Forward<'a> {
+    tape: &'a Tape,
+    spec: &'a TransformerSpec,
+    bound: &'a Bound,
+    pattern: Option<Pattern>,
+    want: TapSet,
+    taps: std::cell::RefCell<Taps>,
+}
+
+/// Runs `spec` with the weights in `bound` on `inputs`; attention keeps `pattern` where it is given.
+pub fn forward(
+    tape: &Tape,
+    spec: &TransformerSpec,
+    bound: &Bound,
+    pattern: Option<Pattern>,
+    inputs: &Inputs,
+    want: TapSet,
+) -> Output {
+    let f = Forward { tape, spec, bound, pattern, want, taps: Default::default() };
+    let mut hidden: Option<(Var, &Tokens)> = None;
+    if let Some(s) = &spec.encoder {
+        hidden = Some((f.stack("encoder", s, &inputs.tokens, None), &inputs.tokens));
+    }
+    let mut last = &inputs.tokens;
+    if let Some(s) = &spec.decoder {
+        if spec.encoder.is_some() {
+            last = inputs.target.as_ref().expect("an encoder-decoder needs target tokens");
+        }
+        let source = hidden.take();
+        hidden = Some((f.stack("decoder", s, last, source.as_ref()), last));
+    }
+    let (hidden, _) = hidden.expect("a transformer has a stack");
+    let logits = f.head(&hidden, last);
+    Output { logits, taps: f.taps.into_inner() }
+}
+
+/// Rows of the position table for `tokens` under `numbering`.
+pub(crate) fn position_rows(tokens: &Tokens, numbering: Numbering, pad: Option<u32>) -> Vec<u32> {
+    let mut out = Vec::with_capacity(tokens.ids.len());
+    for b in 0..tokens.batch {
+        let mut seen = 0;
+        for i in 0..tokens.length {
+            let at = b * tokens.length + i;
+            out.push(match numbering {
+                Numbering::Index { offset } => offset + i,
+                Numbering::Unpadded { offset } => {
+                    let padded = match &tokens.mask {
+                        Some(m) => !m[at],
+                        None => pad == Some(tokens.ids[at]),
+                    };
+                    if padded {
+                        offset - 1
+                    } else {
+                        seen += 1;
+                        offset + seen - 1
+                    }
+                }
+            } as u32);
+        }
+    }
+    out
+}
+
+impl Forward<'_> {
+    fn tap(&self, wanted: bool, name: impl FnOnce() -> String, v: &Var) {
+        if wanted {
+            self.taps.borrow_mut().insert(name(), v.clone());
+        }
+    }
+
+    /// Prepares `x` for the maps that read it under the name `input`.
+    fn input(&self, input: &str, x: &Var) -> Input {
+        self.tap(self.want.linears, || input.to_string(), x);
+        let scale = self.bound.leaves.get(&format!("{input}.input_scale"));
+        let quantized = scale.map(|s| lsq::quantize_activation(self.tape, x, &s.raw));
+        Input { plain: x.clone(), quantized }
+    }
+
+    fn linear(&self, name: &str, x: &Input, bias: bool) -> Var {
+        let bias = bias.then(|| self.bound.plain(&format!("{name}.bias")));
+        let leaf = self.bound.get(&format!("{name}.weight"));
+        let y = match (&leaf.effective, &x.quantized) {
+            (Effective::Plain(w), _) => linear(self.tape, &x.plain, w, bias),
+            (Effective::Quantized(w), Some(x)) => quantized_linear(self.tape, x, w, bias),
+            (Effective::Quantized(_), None) => panic!("`{name}` is quantised but its input has no scale"),
+        };
+        self.tap(self.want.linears, || format!("{name}.y"), &y);
+        match self.bound.leaves.get(&format!("{name}.output_scale")) {
+            Some(s) => lsq::fake_quantize(self.tape, &y, &s.raw),
+            None => y,
+        }
+    }
+
+    fn norm(&self, name: &str, kind: Norm, x: &Var, residual: Option<&Var>) -> Var {
+        let gain = self.bound.plain(&format!("{name}.weight"));
+        match kind {
+            Norm::Layer { eps } => {
+                layer_norm(self.tape, x, residual, gain, self.bound.plain(&format!("{name}.bias")), eps)
+            }
+            Norm::Rms { eps } => match residual {
+                Some(r) => rms_norm(self.tape, &add(self.tape, x, r), gain, eps),
+                None => rms_norm(self.tape, x, gain, eps),
+            },
+        }
+    }
+
+    fn embed(&self, name: &str, s: &Stack, tokens: &Tokens) -> Var {
+        let e = &s.embed;
+        let word = Lookup { table: self.bound.plain("embed.word").clone(), ids: tokens.ids.clone(), factor: e.scale };
+        let rows = |numbering| position_rows(tokens, numbering, self.spec.tokens.pad);
+        let table = |part: &str| self.bound.plain(&format!("{name}.embed.{part}")).clone();
+        let mut lookups = vec![word];
+        let mut x = None;
+        if e.projected {
+            // Positions are as wide as the hidden states, so they join after the projection.
+            let word = embedding(self.tape, &lookups);
+            x = Some(linear(self.tape, &word, &table("project_in.weight"), None));
+            lookups.clear();
+        }
+        if let Positions::Learned { numbering, .. } = e.positions {
+            lookups.push(Lookup { table: table("position"), ids: rows(numbering), factor: 1.0 });
+        }
+        if e.types > 0 {
+            let ids = if tokens.types.is_empty() { vec![0; tokens.ids.len()] } else { tokens.types.clone() };
+            lookups.push(Lookup { table: table("type"), ids, factor: 1.0 });
+        }
+        let mut sum = match (x, lookups.is_empty()) {
+            (Some(x), true) => x,
+            (Some(x), false) => add(self.tape, &x, &embedding(self.tape, &lookups)),
+            (None, _) => embedding(self.tape, &lookups),
+        };
+        if e.norm {
+            sum = self.norm(&format!("{name}.embed.norm"), s.norm, &sum, None);
+        }
+        dropout(self.tape, &sum, s.dropout.hidden)
+    }
+
+    fn stack(&self, name: &str, s: &Stack, tokens: &Tokens, source: Option<&(Var, &Tokens)>) -> Var {
+        let rows = tokens.batch * tokens.length;
+        let mut x = self.embed(name, s, tokens);
+        self.tap(self.want.blocks, || format!("{name}.embed"), &x);
+        let table = match &s.embed.positions {
+            Positions::Rotary { frequency, .. } => {
+                let positions: Vec<u32> = (0..rows).map(|t| (t % tokens.length) as u32).collect();
+                Some((RotaryTable::new(tokens.length, frequency), positions))
+            }
+            Positions::Learned { .. } => None,
+        };
+        // The encoder's output is quantised once for the keys and values of all blocks' own scales.
+        for i in 0..s.layers {
+            let at = format!("{name}.{i}");
+            x = self.sublayer(&format!("{at}.attn.norm"), s, &x, |x| {
+                let input = self.input(&format!("{at}.attn"), x);
+                self.attend(&format!("{at}.attn"), s, &input, &input, tokens, tokens, s.causal, table.as_ref())
+            });
+            if let (true, Some((encoded, source))) = (s.cross, source) {
+                x = self.sublayer(&format!("{at}.cross.norm"), s, &x, |x| {
+                    let q = self.input(&format!("{at}.cross.q"), x);
+                    let kv = self.input(&format!("{at}.cross.kv"), encoded);
+                    self.attend(&format!("{at}.cross"), s, &q, &kv, tokens, source, false, None)
+                });
+            }
+            x = self.sublayer(&format!("{at}.ffn.norm"), s, &x, |x| {
+                let input = self.input(&format!("{at}.ffn"), x);
+                let inner = self.linear(&format!("{at}.ffn.in"), &input, s.bias);
+                let inner = if s.gated {
+                    gated_silu(self.tape, &self.linear(&format!("{at}.ffn.gate"), &input, s.bias), &inner)
+                } else {
+                    activation(self.tape, &inner, s.activation)
+                };
+                self.linear(&format!("{at}.ffn.out"), &self.input(&format!("{at}.ffn.out"), &inner), s.bias)
+            });
+            self.tap(self.want.blocks, || at.clone(), &x);
+        }
+        if s.final_norm {
+            x = self.norm(&format!("{name}.norm"), s.norm, &x, None);
+        }
+        if s.embed.projected {
+            x = linear(self.tape, &x, self.bound.plain(&format!("{name}.project_out.weight")), None);
+        }
+        self.tap(self.want.blocks, || format!("{name}.last"), &x);
+        x
+    }
+
+    /// Residual connection, dropout and normalisation around `f`, in the stack's order.
+    fn sublayer(&self, norm: &str, s: &Stack, x: &Var, f: impl FnOnce(&Var) -> Var) -> Var {
+        match s.order {
+            NormOrder::Pre => {
+                let y = f(&self.norm(norm, s.norm, x, None));
+                add(self.tape, x, &dropout(self.tape, &y, s.dropout.hidden))
+            }
+            NormOrder::Post => {
+                let y = dropout(self.tape, &f(x), s.dropout.hidden);
+                self.norm(norm, s.norm, &y, Some(x))
+            }
+        }
+    }
+
+    fn attend(
+        &self,
+        at: &str,
+        s: &Stack,
+        q_input: &Input,
+        kv_input: &Input,
+        queries: &Tokens,
+        keys: &Tokens,
+        causal: bool,
+        rotation: Option<&(RotaryTable, Vec<u32>)>,
+    ) -> Var {
+        let mut q = self.linear(&format!("{at}.q"), q_input, s.qkv_bias);
+        let mut k = self.linear(&format!("{at}.k"), kv_input, s.qkv_bias);
+        let v = self.linear(&format!("{at}.v"), kv_input, s.qkv_bias);
+        if let Some((table, positions)) = rotation {
+            q = rotary(self.tape, &q, positions, table);
+            k = rotary(self.tape, &k, positions, table);
+        }
+        let how = attention_of(s, queries, keys, causal, self.pattern);
+        let y = attention(self.tape, &q, &k, &v, &how);
+        self.tap(self.want.attention, || at.to_string(), &y);
+        self.linear(&format!("{at}.o"), &self.input(&format!("{at}.o"), &y), s.bias)
+    }
+
+    fn head(&self, hidden: &Var, tokens: &Tokens) -> Var {
+        let drop = self.spec.last_stack().dropout.head;
+        let by_token = |v: Var, width: usize| -> Var {
+            debug_assert_eq!(v.value().width(), width);
+            v
+        };
+        match &self.spec.head {
+            Head::None => hidden.clone(),
+            Head::Classify { dense, .. } => {
+                let first: Vec<u32> = (0..tokens.batch).map(|b| (b * tokens.length) as u32).collect();
+                let mut x = select_rows(self.tape, hidden, &first);
+                if let Some(function) = dense {
+                    let y = self.linear("head.dense", &self.input("head.dense", &x), true);
+                    x = activation(self.tape, &y, *function);
+                }
+                let x = dropout(self.tape, &x, drop);
+                self.linear("head.out", &self.input("head.out", &x), true)
+            }
+            Head::Span => by_token(self.linear("head.out", &self.input("head.out", hidden), true), 2),
+            Head::LanguageModel { tied, bias } => {
+                let y = if *tied {
+                    let bias = bias.then(|| self.bound.plain("head.out.bias"));
+                    linear(self.tape, hidden, self.bound.plain("embed.word"), bias)
+                } else {
+                    self.linear("head.out", &self.input("head.out", hidden), *bias)
+                };
+                by_token(y, self.spec.vocab)
+            }
+        }
+    }
+}
+
+/// The attention of stack `s` from `queries` to `keys`.
+pub(crate) fn attention_of(
+    s: &Stack,
+    queries: &Tokens,
+    keys: &Tokens,
+    causal: bool,
+    pattern: Option<Pattern>,
+) -> Attention {
+    Attention {
+        batch: queries.batch,
+        queries: queries.length,
+        keys: keys.length,
+        heads: s.heads,
+        kv_heads: s.kv_heads,
+        scale: 1.0 / (s.head_dim as f32).sqrt(),
+        causal,
+        key_mask: keys.mask.clone(),
+        pattern: pattern.map(|p| (p.keep, p.of)),
+        dropout: s.dropout.attention,
+    }
+}
