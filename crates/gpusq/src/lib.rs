@@ -2,9 +2,13 @@
 #![forbid(unsafe_code)]
 
 mod error;
+
 pub mod arch;
+pub mod forward;
 pub mod params;
+pub mod sparsity;
 pub mod spec;
+pub mod task;
 
 pub use error::{Error, Result};
 pub use gpusq_tensor as tensor;
