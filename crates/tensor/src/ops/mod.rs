@@ -1,1 +1,3 @@
 //! The fused operations; one folder each.
+
+pub mod int8_linear;
