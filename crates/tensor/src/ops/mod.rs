@@ -11,6 +11,7 @@ pub mod cross_entropy;
 pub mod dropout;
 pub mod embedding;
 pub mod gated;
+pub mod int8_linear;
 pub mod kl_divergence;
 pub mod layer_norm;
 pub mod linear;
