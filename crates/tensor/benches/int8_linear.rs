@@ -51,7 +51,7 @@ fn f32_product(x: &[f32], w: &[f32], y: &mut [f32], [tokens, out, cols]: [usize;
     }
 }
 
-fn time(f: &mut dyn FnMut()) -> f64 {
+fn time(f: impl FnOnce()) -> f64 {
     let start = Instant::now();
     f();
     start.elapsed().as_secs_f64()
@@ -78,18 +78,14 @@ fn main() {
         let w: Vec<f32> = w8.iter().map(|&c| f32::from(c)).collect();
         let (scale, bias) = (vec![0.01f32; out], vec![1.0f32; out]);
         let (mut y, mut y8, mut q) = (vec![0f32; tokens * out], vec![0f32; tokens * out], x8.clone());
-        let mut cases: [(Vec<f64>, Box<dyn FnMut()>); 3] = [
-            (vec![], Box::new(|| f32_product(black_box(&x), black_box(&w), &mut y, shape))),
-            (vec![], Box::new(|| linear(black_box(&x8), tokens, &weight, &scale, Some(&bias), &mut y8))),
-            (vec![], Box::new(|| quantize(black_box(&x), 1.3, &mut q))),
-        ];
+        let mut times = [vec![], vec![], vec![]];
         let start = Instant::now();
         while start.elapsed() < BUDGET {
-            for (times, f) in &mut cases {
-                times.push(time(&mut **f));
-            }
+            times[0].push(time(|| f32_product(black_box(&x), black_box(&w), &mut y, shape)));
+            times[1].push(time(|| linear(black_box(&x8), tokens, &weight, &scale, Some(&bias), &mut y8)));
+            times[2].push(time(|| quantize(black_box(&x), 1.3, &mut q)));
         }
-        let [f32_time, int8_time, quantize_time] = cases.map(|(mut times, _)| {
+        let [f32_time, int8_time, quantize_time] = times.map(|mut times| {
             times.sort_by(f64::total_cmp);
             [times[0] * 1e6, times[times.len() / 2] * 1e6]
         });

@@ -30,15 +30,15 @@ use cpu::{Kernel, Panels, Sink};
 /// Rows of this length or more could overflow the i32 accumulator (131,072 · 128 · 128 = 2^31).
 const COLS_LIMIT: usize = 131_072;
 
-/// Tokens a thread takes at once: their codes (1 MiB at 4,096 columns) stay in its L2 cache while it passes
-/// over the weight.
-const TOKENS_PER_BLOCK: usize = 256;
+/// Tokens a thread takes at once: their codes and outputs stay in its L2 cache while it passes over the
+/// weight.
+const TOKENS_PER_BLOCK: usize = 64;
 
-/// Multiply-adds that are worth waking another thread for.
-const BLOCK_WORK: usize = 1 << 20;
+/// Multiply-adds that are worth waking another thread for: about 15 microseconds.
+const BLOCK_WORK: usize = 1 << 22;
 
-/// A pass over the weight costs at least as much as multiplying this many tokens: with fewer, memory is
-/// what takes the time.
+/// A pass over the weight costs at least as much as multiplying this many tokens: with fewer, reading the
+/// weight is what takes the time.
 const STREAMING_TOKENS: usize = 8;
 
 /// Elements of [`quantize`] that are worth another thread.
@@ -115,7 +115,10 @@ fn run(x: &[i8], tokens: usize, w: &Int8Weight, sink: &Sink<'_>) {
     let panels = w.panels.count();
     let work = tokens.max(STREAMING_TOKENS) * w.rows * w.cols;
     // Four blocks a thread, so that one that was held up leaves the others something to take over.
-    let wanted = (work / BLOCK_WORK).clamp(1, 4 * rayon::current_num_threads());
+    let wanted = match rayon::current_num_threads() {
+        1 => 1,
+        threads => (work / BLOCK_WORK).clamp(1, 4 * threads),
+    };
     let tile = w.panels.kernel().tokens();
     let token_blocks =
         tokens.div_ceil(TOKENS_PER_BLOCK).max(wanted.div_ceil(panels)).min(tokens.div_ceil(tile));
