@@ -412,27 +412,16 @@ fn byte_level(
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
-
     use proptest::prelude::*;
     use tokenizers::utils::truncation::{TruncationParams, TruncationStrategy};
 
-    use super::super::tests::tiny;
+    use super::super::tests::{minilm, tiny};
     use super::*;
 
     fn folder(files: &[(&str, &str)]) -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
         for (name, text) in files {
             std::fs::write(dir.path().join(name), text).unwrap();
-        }
-        dir
-    }
-
-    /// The folder of a downloaded all-MiniLM-L6-v2; without it the test says what it skips.
-    fn minilm() -> Option<PathBuf> {
-        let dir = std::env::var_os("GPUSQ_MINILM_DIR").map(PathBuf::from);
-        if dir.is_none() {
-            println!("skipped: set GPUSQ_MINILM_DIR to a folder with all-MiniLM-L6-v2");
         }
         dir
     }
