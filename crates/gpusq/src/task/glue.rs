@@ -266,8 +266,8 @@ impl Layout {
     /// Splits a file into rows and checks each.
     fn rows(&self, task: &Task, path: &Path, bytes: &[u8], notes: &mut Vec<String>) -> Result<Vec<Row>> {
         let mut lines = text_lines(path, bytes)?;
-        let (count, text, label, names) = match self.columns {
-            Columns::Placed { count, text, label } => (count, text.to_vec(), label, None),
+        let (count, text, label, header) = match self.columns {
+            Columns::Placed { count, text, label } => (count, text.to_vec(), label, 0),
             Columns::Named { text, label } => {
                 let names: Vec<&str> = lines.remove(0).split('\t').collect();
                 let place = |wanted: &str| {
@@ -281,10 +281,9 @@ impl Layout {
                     })
                 };
                 let text = text.iter().map(|t| place(t)).collect::<Result<Vec<_>>>()?;
-                (names.len(), text, place(label)?, Some(()))
+                (names.len(), text, place(label)?, 1)
             }
         };
-        let first_line = 1 + usize::from(names.is_some());
         let (mut rows, mut cut, mut empty) = (Vec::with_capacity(lines.len()), 0, 0);
         for (i, line) in lines.into_iter().enumerate() {
             let fields: Vec<&str> = line.split('\t').collect();
@@ -293,7 +292,7 @@ impl Layout {
                 cut += 1;
                 continue;
             }
-            let at = |message: String| Error::line(path, first_line + i, message);
+            let at = |message: String| Error::line(path, 1 + header + i, message);
             if fields.len() != count {
                 return Err(at(format!(
                     "expected {count} tab-separated fields, found {}; check that the file is whole and belongs \

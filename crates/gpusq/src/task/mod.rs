@@ -291,6 +291,15 @@ mod tests {
         Some(path)
     }
 
+    /// The folder of a downloaded all-MiniLM-L6-v2; without it the test says what it skips.
+    pub(super) fn minilm() -> Option<PathBuf> {
+        let dir = std::env::var_os("GPUSQ_MINILM_DIR").map(PathBuf::from);
+        if dir.is_none() {
+            println!("skipped: set GPUSQ_MINILM_DIR to a folder with all-MiniLM-L6-v2");
+        }
+        dir
+    }
+
     /// A WordPiece tokenizer that knows a few words.
     pub(super) fn tiny() -> Tokenizer {
         let vocab = [

@@ -309,7 +309,8 @@ fn answer<'a>(context: &'a Context, windows: &[Window], outputs: &[Vec<f32>]) ->
     })
 }
 
-/// Places of the [`BEST`] largest logits, largest first, equal ones in their order; none that is not a number.
+/// Places of the [`BEST`] largest logits, largest first, equal ones in their order; those that are not a
+/// number are left out.
 fn top(logits: &[f32]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..logits.len()).filter(|&i| !logits[i].is_nan()).collect();
     let by = |a: &usize, b: &usize| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b));
@@ -375,4 +376,339 @@ fn word_f1(predicted: &str, gold: &str) -> f64 {
     let precision = f64::from(shared) / predicted.split_whitespace().count() as f64;
     let recall = f64::from(shared) / gold.split_whitespace().count() as f64;
     2.0 * precision * recall / (precision + recall)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::super::tests::{minilm, shared, tiny};
+    use super::super::{TASKS, task};
+    use super::*;
+
+    /// A question's id, its text, and its answers as (text, start).
+    type Asking<'a> = (&'a str, &'a str, &'a [(&'a str, usize)]);
+
+    /// A file with one paragraph.
+    fn file(context: &str, asked: &[Asking]) -> String {
+        let qas: Vec<_> = asked
+            .iter()
+            .map(|(id, question, answers)| {
+                let answers: Vec<_> =
+                    answers.iter().map(|(t, s)| json!({"text": t, "answer_start": s})).collect();
+                json!({"id": id, "question": question, "answers": answers})
+            })
+            .collect();
+        json!({"version": "1.1", "data": [{"title": "x", "paragraphs": [{"context": context, "qas": qas}]}]})
+            .to_string()
+    }
+
+    fn load(text: &str, max_len: usize) -> Result<Dataset> {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("dev-v1.1.json"), text).unwrap();
+        task("squad").unwrap().load(dir.path(), Split::Dev, &tiny(), max_len)
+    }
+
+    /// Logits that point at the targets of `dataset`; windows without the answer point nowhere.
+    fn right(dataset: &Dataset) -> Vec<Vec<f32>> {
+        let output = |e: &Example| {
+            let n = e.ids.len();
+            let mut logits = vec![0.0; 2 * n];
+            if let Target::Span { start, end } = e.target {
+                logits[start as usize] = 9.0;
+                logits[n + end as usize] = 9.0;
+            }
+            logits
+        };
+        dataset.examples.iter().map(output).collect()
+    }
+
+    #[test]
+    fn question_first_then_the_context_and_the_answer_by_tokens() {
+        let text = file("The cats sat. A dog sat.", &[("q1", "  Who sat?", &[("cats", 4), ("A dog", 14)])]);
+        let dataset = load(&text, 384).unwrap();
+        // [CLS] who sat ? [SEP] the cat ##s sat . a dog sat . [SEP]
+        assert_eq!(dataset.examples[0].ids, [2, 14, 12, 15, 3, 5, 6, 11, 12, 13, 9, 7, 12, 13, 3]);
+        assert_eq!(dataset.examples[0].types, [0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]);
+        assert_eq!(dataset.examples[0].target, Target::Span { start: 6, end: 7 });
+        let scores = dataset.score(&right(&dataset));
+        assert_eq!(scores.0, [("f1".to_owned(), 100.0), ("exact_match".to_owned(), 100.0)]);
+        // Pointing at "A dog" is right too, by the second gold.
+        let mut other = vec![0.0; 30];
+        (other[10], other[15 + 11]) = (9.0, 9.0);
+        assert_eq!(dataset.score(&[other]).main(), 100.0);
+    }
+
+    #[test]
+    fn only_spans_of_context_tokens_count() {
+        let text = file("the cats sat", &[("q1", "who?", &[("cat", 4)])]);
+        let dataset = load(&text, 384).unwrap();
+        // [CLS] who ? [SEP] the cat ##s sat [SEP]: the largest logits lie outside the context, and the best
+        // start (sat) comes after the best end (cat).
+        let starts = [50.0, 40.0, 0.0, 0.0, 1.0, 3.0, 0.0, 4.0, 60.0];
+        let ends = [50.0, 40.0, 0.0, 0.0, 0.0, 4.0, 3.0, 1.0, 60.0];
+        let outputs = [[starts, ends].concat()];
+        // Best allowed: start cat (3) with end cat (4) = 7, against cat to ##s 6 and sat to sat 5.
+        let scores = dataset.score(&outputs);
+        assert_eq!((scores.main(), scores.get("exact_match")), (100.0, Some(100.0)));
+        // Nothing but NaN: an empty answer, no panic.
+        let scores = dataset.score(&[vec![f32::NAN; 18]]);
+        assert_eq!((scores.main(), scores.get("exact_match")), (0.0, Some(0.0)));
+    }
+
+    #[test]
+    fn answers_longer_than_thirty_tokens_are_not_given() {
+        let context = ["cat"; 40].join(" ");
+        let spans: Vec<_> = (0..40).map(|i| 4 * i..4 * i + 3).collect();
+        let context = Context { text: context, spans };
+        let window = Window { at: 2, tokens: 0..40 };
+        let mut logits = vec![0.0; 2 * 43];
+        logits[2] = 5.0;
+        logits[43 + 2 + 30] = 5.0;
+        // Token 0 to 30 is 31 tokens: the best allowed pair has one of the two logits.
+        let found = answer(&context, std::slice::from_ref(&window), &[logits.clone()]);
+        assert!(found.split(' ').count() <= 30);
+        logits[43 + 2 + 30] = 0.0;
+        logits[43 + 2 + 29] = 5.0;
+        let found = answer(&context, &[window], &[logits]);
+        assert_eq!(found.split(' ').count(), 30);
+    }
+
+    #[test]
+    fn the_twenty_largest_in_order() {
+        let logits: Vec<f32> = (0..50).map(|i| ((i * 7) % 25) as f32).collect();
+        let mut all: Vec<usize> = (0..50).collect();
+        all.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+        assert_eq!(top(&logits), all[..20]);
+        assert_eq!(top(&[1.0, f32::NAN, 2.0]), [2, 0]);
+        assert!(top(&[]).is_empty());
+    }
+
+    #[test]
+    fn long_contexts_become_overlapping_windows() {
+        // 381 tokens for text, 11 of them the question: windows of 370 that start every 370 - 128.
+        assert_eq!(windows(1000, 370), [0..370, 242..612, 484..854, 726..1000]);
+        assert_eq!(windows(370, 370), vec![0..370]);
+        assert_eq!(windows(0, 370), vec![0..0]);
+        assert_eq!(windows(5, 2), [0..2, 1..3, 2..4, 3..5]);
+        assert_eq!(windows(3, 1), [0..1, 1..2, 2..3]);
+
+        let mut words = vec!["cat"; 40];
+        words[30] = "dog";
+        let context = words.join(" ");
+        let dataset = load(&file(&context, &[("q1", "who", &[("dog", 120)])]), 24).unwrap();
+        // 24 - 3 special - 1 question = 20 a window, every 20 - 10: 0..20, 10..30, 20..40.
+        let targets: Vec<_> = dataset.examples.iter().map(|e| e.target).collect();
+        let none = Target::Span { start: 0, end: 0 };
+        assert_eq!(targets, [none, none, Target::Span { start: 13, end: 13 }]);
+        assert_eq!(dataset.examples[2].ids[13], 7);
+        assert_eq!(dataset.score(&right(&dataset)).main(), 100.0);
+    }
+
+    #[test]
+    fn offsets_count_code_points() {
+        // Before the answer: a combining accent, an emoji, a flag of two code points, CJK without spaces.
+        let context = "cafe\u{301} \u{1f600}\u{1f1eb}\u{1f1f7} \u{6c34}\u{706b} the cat";
+        let chars: Vec<char> = context.chars().collect();
+        let at = |text: &str| {
+            let wanted: Vec<char> = text.chars().collect();
+            (0..chars.len()).find(|&i| chars[i..].starts_with(&wanted)).unwrap()
+        };
+        for (answer, expected) in [
+            ("cat", vec![6]),
+            ("\u{706b}", vec![19]),
+            ("\u{6c34}\u{706b} the", vec![18, 19, 5]),
+            ("cafe\u{301}", vec![16]),
+        ] {
+            let dataset = load(&file(context, &[("q1", "who?", &[(answer, at(answer))])]), 384).unwrap();
+            let example = &dataset.examples[0];
+            let Target::Span { start, end } = example.target else { unreachable!() };
+            assert_eq!(example.ids[start as usize..=end as usize], expected, "{answer}");
+            assert_eq!(dataset.score(&right(&dataset)).get("exact_match"), Some(100.0), "{answer}");
+        }
+    }
+
+    #[test]
+    fn malformed_files_are_refused() {
+        let context = "the cat sat";
+        let cases = [
+            ("".to_owned(), "is empty"),
+            ("{\"data\": [".to_owned(), "not in SQuAD 1.1's format: at `data`: EOF"),
+            ("{\"data\": []} x".to_owned(), "trailing characters"),
+            ("{\"data\": []}".to_owned(), "has no questions"),
+            ("{}".to_owned(), "missing field `data`"),
+            (
+                r#"{"data": [{"paragraphs": [{"context": "a", "qas": []}, {"qas": []}]}]}"#.to_owned(),
+                "at `data[0].paragraphs[1]`: missing field `context`",
+            ),
+            (
+                file(context, &[("q1", "who", &[("cat", 4)])])
+                    .replace("\"answer_start\":4", "\"answer_start\":-4"),
+                "at `data[0].paragraphs[0].qas[0].answers[0].answer_start`: invalid value",
+            ),
+            (
+                file(context, &[("q7", "who", &[("cat", 5)])]),
+                "question q7: the answer `cat` is not at character 5 of the context, where `at ` is",
+            ),
+            (
+                file(context, &[("q7", "who", &[("cat", 99)])]),
+                "question q7: the answer `cat` is not at character 99",
+            ),
+            (file(context, &[("q8", "who", &[])]), "question q8 has no answer"),
+        ];
+        for (text, expected) in cases {
+            let found = load(&text, 384).unwrap_err().to_string();
+            assert!(found.contains("dev-v1.1.json") && found.contains(expected), "`{expected}`: `{found}`");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.json");
+        std::fs::write(&path, b"{\"data\": [{\"paragraphs\": [{\"context\": \"\xff\"}]}]}").unwrap();
+        let found = read(&path).map(|_| ()).unwrap_err().to_string();
+        assert!(
+            found.contains("x.json") && found.contains("paragraphs[0].context`: invalid unicode"),
+            "{found}"
+        );
+        let squad = task("squad").unwrap();
+        let found = squad.load(dir.path(), Split::Train, &tiny(), 384).unwrap_err().to_string();
+        assert!(found.contains("train-v1.1.json is not here"), "{found}");
+        let found = load(&file(context, &[("q1", "who", &[("cat", 4)])]), 4).unwrap_err().to_string();
+        assert!(found.contains("use at least 5"), "{found}");
+    }
+
+    #[test]
+    fn answers_are_normalised_as_officially() {
+        // Expected values printed by `normalize_answer` of evaluate-v1.1.py.
+        let cases = [
+            ("The  Cat's an A+ (pet).", "cats pet"),
+            ("a-the an", "athe"),
+            ("the", ""),
+            ("Another anthem, theatre", "another anthem theatre"),
+            ("A\u{a0}dog\tthe\ncat", "dog cat"),
+            ("the\u{2013}cat", "\u{2013}cat"),
+            ("\u{c9}COLE d'\u{c9}t\u{e9}", "\u{e9}cole d\u{e9}t\u{e9}"),
+            ("a\u{6c34}", "a\u{6c34}"),
+            ("$1,000.50", "100050"),
+            ("_the_", ""),
+            ("a\u{bd} the\u{1c}an", "a\u{bd}"),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(normalize(text), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn exact_match_and_f1_by_hand() {
+        let golds = |g: &[&str]| g.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>();
+        let close = |a: f64, b: f64| assert!((a - b).abs() < 1e-12, "{a} {b}");
+        // Articles, case and punctuation do not count.
+        assert_eq!(exact_match("the Cat!", &golds(&["A cat"])), 1.0);
+        close(f1("the Cat!", &golds(&["A cat"])), 1.0);
+        // "big red cat" against "red cat sat": two words shared, 2/3 each way.
+        close(f1("big red cat", &golds(&["red cat sat"])), 2.0 / 3.0);
+        assert_eq!(exact_match("big red cat", &golds(&["red cat sat"])), 0.0);
+        // Repeated words count as often as both have them: shared "cat" once, precision 1/3, recall 1.
+        close(f1("cat cat cat", &golds(&["cat"])), 0.5);
+        // The best of several golds: 2 * 1 * 0.5 / 1.5 against 1, and an exact one.
+        close(f1("cat", &golds(&["red cat", "dog"])), 2.0 / 3.0);
+        close(f1("cat", &golds(&["red cat", "Cat."])), 1.0);
+        assert_eq!(exact_match("cat", &golds(&["red cat", "Cat."])), 1.0);
+        // An empty prediction has no word; one that normalises to nothing equals a gold that does, but the
+        // official F1 of two empty answers is 0.
+        assert_eq!((f1("", &golds(&["cat"])), exact_match("", &golds(&["cat"]))), (0.0, 0.0));
+        assert_eq!((f1("the", &golds(&["a"])), exact_match("the", &golds(&["a"]))), (0.0, 1.0));
+    }
+
+    #[test]
+    fn real_files_have_the_known_counts() {
+        let Some(data) = shared("data/squad") else { return };
+        let mut files = vec![(data.clone(), Split::Train, 10822), (data, Split::Dev, 1055)];
+        if let Some(shifts) = shared("data/squadshifts") {
+            files.push((shifts.join("new_wiki_v1.0.json"), Split::Dev, 7938));
+            files.push((shifts.join("reddit_v1.0.json"), Split::Dev, 9803));
+        }
+        // A model that points at every label scores nearly 100: some answers begin or end within a word, and
+        // a few are longer than 30 tokens.
+        let tokenizer = minilm().map_or_else(tiny, |dir| Tokenizer::load(&dir).unwrap());
+        let squad = TASKS.iter().find(|t| t.name == "squad").unwrap();
+        for (path, split, count) in files {
+            let questions = read(&find(&path, split).unwrap()).unwrap();
+            assert_eq!(questions.iter().map(|p| p.qas.len()).sum::<usize>(), count, "{}", path.display());
+            let dataset = squad.load(&path, split, &tokenizer, 384).unwrap();
+            assert!(dataset.examples.len() >= count);
+            assert!(dataset.examples.iter().all(|e| e.ids.len() <= 384));
+            let scores = dataset.score(&right(&dataset));
+            println!("{} {split}: {} windows, {scores}", path.display(), dataset.examples.len());
+            assert!(scores.get("exact_match").unwrap() > 98.5 && scores.main() > 98.5, "{scores}");
+        }
+    }
+
+    /// `run_qa.py` lets the tokenizers library cut the windows.
+    #[test]
+    fn windows_are_those_of_the_tokenizers_library() {
+        let (Some(data), Some(dir)) = (shared("data/squad"), minilm()) else { return };
+        let mut theirs = tokenizers::Tokenizer::from_file(dir.join("tokenizer.json")).unwrap();
+        theirs.with_padding(None);
+        let truncation = tokenizers::TruncationParams {
+            max_length: 384,
+            strategy: tokenizers::TruncationStrategy::OnlySecond,
+            stride: OVERLAP,
+            ..Default::default()
+        };
+        theirs.with_truncation(Some(truncation)).unwrap();
+        let mut expected = Vec::new();
+        for paragraph in read(&find(&data, Split::Dev).unwrap()).unwrap() {
+            for asked in paragraph.qas {
+                let text = (asked.question.trim_start(), paragraph.context.as_str());
+                let mut encoding = theirs.encode(text, true).unwrap();
+                let more = encoding.take_overflowing();
+                expected.extend([encoding].into_iter().chain(more).map(|e| e.get_ids().to_vec()));
+            }
+        }
+        let ours =
+            task("squad").unwrap().load(&data, Split::Dev, &Tokenizer::load(&dir).unwrap(), 384).unwrap();
+        let ours: Vec<_> = ours.examples.into_iter().map(|e| e.ids).collect();
+        assert!(ours.len() > 1055, "some context needs two windows");
+        assert_eq!(ours, expected);
+    }
+
+    proptest! {
+        /// Every span label covers the answer's text and nothing of another word, no window is too long, and
+        /// some window has the answer if it fits.
+        #[test]
+        fn labels_cover_the_answer(
+            words in prop::collection::vec("the|cats|dog|noir|水火|cafe\u{301}|\u{1f600}|Zürich", 1..60),
+            pick in any::<prop::sample::Index>(),
+            length in 1usize..4,
+            max_len in 16usize..64,
+        ) {
+            let first = pick.index(words.len());
+            let answer = words[first..words.len().min(first + length)].join(" ");
+            let start: usize = words[..first].iter().map(|w| w.chars().count() + 1).sum();
+            let context = words.join(" ");
+            let tokenizer = tiny();
+            let paragraph = Paragraph {
+                context: context.clone(),
+                qas: vec![Asked {
+                    id: "q".into(),
+                    question: "who was the dog?".into(),
+                    answers: vec![Answer { text: answer.clone(), answer_start: start }],
+                }],
+            };
+            let (kept, asked) = prepare(Path::new("x"), paragraph, &tokenizer, max_len).unwrap();
+            let (_, windows, examples) = &asked[0];
+            let mut found = false;
+            for (window, example) in windows.iter().zip(examples) {
+                prop_assert!(example.ids.len() <= max_len);
+                let Target::Span { start, end } = example.target else { unreachable!() };
+                if (start, end) == (0, 0) {
+                    continue;
+                }
+                found = true;
+                let token = |i: u32| kept.spans[window.tokens.start + i as usize - window.at].clone();
+                prop_assert_eq!(&context[token(start).start..token(end).end], answer.as_str());
+            }
+            prop_assert!(found, "no window has the answer");
+        }
+    }
 }

@@ -409,3 +409,201 @@ fn byte_level(
     add_special(&mut inner, &["<s>", "<pad>", "</s>", "<unk>", "<mask>", "<|endoftext|>"]);
     Ok(inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use tokenizers::utils::truncation::{TruncationParams, TruncationStrategy};
+
+    use super::super::tests::{minilm, tiny};
+    use super::*;
+
+    fn folder(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            std::fs::write(dir.path().join(name), text).unwrap();
+        }
+        dir
+    }
+
+    fn error(dir: &Path) -> String {
+        Tokenizer::load(dir).map(|_| ()).unwrap_err().to_string()
+    }
+
+    const WORDS: &str = "[PAD]\n[UNK]\n[CLS]\n[SEP]\nThe\nthe\ncat\n##s\n";
+
+    #[test]
+    fn vocab_txt_lower_cases_unless_told_otherwise() {
+        let dir = folder(&[("vocab.txt", WORDS)]);
+        let lower = Tokenizer::load(dir.path()).unwrap();
+        let encoded = lower.encode("The cats", Some("the"), 16).unwrap();
+        assert_eq!(encoded.ids, [2, 5, 6, 7, 3, 5, 3]);
+        assert_eq!(encoded.types, [0, 0, 0, 0, 0, 1, 1]);
+        assert_eq!((encoded.first, encoded.second), (1..4, 5..6));
+        assert_eq!((lower.vocab_size(), lower.pad_id()), (8, 0));
+        std::fs::write(dir.path().join("tokenizer_config.json"), r#"{"do_lower_case": false}"#).unwrap();
+        let cased = Tokenizer::load(dir.path()).unwrap();
+        assert_eq!(cased.encode("The cats [SEP]", None, 16).unwrap().ids, [2, 4, 6, 7, 3, 3]);
+    }
+
+    /// `vocab.json` and `merges.txt` whose tokens are RoBERTa's special ones, the 256 bytes and "Ġt".
+    fn bytes(config: &str) -> tempfile::TempDir {
+        let mut alphabet: Vec<char> = ByteLevel::alphabet().into_iter().collect();
+        alphabet.sort_unstable();
+        let special = ["<s>", "<pad>", "</s>", "<unk>"].map(str::to_owned);
+        let tokens = special.into_iter().chain(alphabet.into_iter().map(String::from)).chain(["Ġt".into()]);
+        let vocab: serde_json::Map<_, _> = tokens.enumerate().map(|(i, t)| (t, Value::from(i))).collect();
+        folder(&[
+            ("vocab.json", &serde_json::to_string(&vocab).unwrap()),
+            ("merges.txt", "#version: 0.2\nĠ t\n"),
+            ("tokenizer_config.json", config),
+        ])
+    }
+
+    #[test]
+    fn byte_level_files_get_their_familys_special_tokens() {
+        let dir = bytes(r#"{"tokenizer_class": "RobertaTokenizer", "pad_token": {"content": "<pad>"}}"#);
+        let roberta = Tokenizer::load(dir.path()).unwrap();
+        let id = |text: &str| roberta.text.token_to_id(text).unwrap();
+        let encoded = roberta.encode("a t", Some("b"), 16).unwrap();
+        assert_eq!(encoded.ids, [0, id("a"), id("Ġt"), 2, 2, id("b"), 2]);
+        assert_eq!(encoded.types, [0; 7]);
+        assert_eq!((roberta.pad_id(), roberta.vocab_size(), roberta.added(true)), (1, 261, 4));
+
+        let dir = bytes(r#"{"tokenizer_class": "GPT2Tokenizer", "add_bos_token": true}"#);
+        let opt = Tokenizer::load(dir.path()).unwrap();
+        assert_eq!(opt.encode("a", None, 16).unwrap().ids, [2, id("a")]);
+
+        let dir = bytes("{}");
+        assert!(error(dir.path()).contains("`model_type` is missing"), "{}", error(dir.path()));
+        std::fs::write(dir.path().join("config.json"), r#"{"model_type": "gpt2"}"#).unwrap();
+        let gpt2 = Tokenizer::load(dir.path()).unwrap();
+        assert_eq!(gpt2.encode("a", Some("b"), 16).unwrap().ids, [id("a"), id("b")]);
+    }
+
+    #[test]
+    fn pieces_point_at_whole_characters_without_white_space() {
+        let dir = bytes(r#"{"tokenizer_class": "RobertaTokenizer"}"#);
+        let roberta = Tokenizer::load(dir.path()).unwrap();
+        // One token a byte: two for é, four for the emoji, and " t" as one.
+        let text = "é t\u{1f600}";
+        let pieces = roberta.pieces(text).unwrap();
+        let shown: Vec<&str> = pieces.spans.iter().map(|s| &text[s.clone()]).collect();
+        assert_eq!(shown, ["é", "é", "t", "\u{1f600}", "\u{1f600}", "\u{1f600}", "\u{1f600}"]);
+        let text = "  cafe\u{301}  \u{6c34}\u{706b} cats";
+        let pieces = tiny().pieces(text).unwrap();
+        let shown: Vec<&str> = pieces.spans.iter().map(|s| &text[s.clone()]).collect();
+        assert_eq!(shown, ["cafe", "\u{6c34}", "\u{706b}", "cat", "s"]);
+    }
+
+    #[test]
+    fn folders_without_a_usable_tokenizer_are_refused() {
+        let dir = folder(&[("vocab.json", "{}")]);
+        let found = error(dir.path());
+        assert!(found.contains("tokenizer.json, vocab.txt, and vocab.json with merges.txt"), "{found}");
+        let cases: [(&[(&str, &str)], &str); 7] = [
+            (&[("tokenizer.json", "{")], "tokenizer.json: not a tokenizer that can be read"),
+            (&[("tokenizer.json", "")], "tokenizer.json: not a tokenizer that can be read"),
+            (&[("vocab.txt", "")], "vocab.txt: the vocabulary has no `[UNK]`"),
+            (&[("vocab.txt", "[UNK]\n[CLS]\n")], "vocab.txt: the vocabulary has no `[SEP]`"),
+            (
+                &[("vocab.txt", WORDS), ("tokenizer_config.json", "{")],
+                "tokenizer_config.json: not valid JSON",
+            ),
+            (
+                &[
+                    ("vocab.json", r#"{"a": 0}"#),
+                    ("merges.txt", "a b\n"),
+                    ("config.json", r#"{"model_type": "gpt2"}"#),
+                ],
+                "merges.txt: does not fit vocab.json",
+            ),
+            (
+                &[
+                    ("vocab.json", r#"{"a": 0}"#),
+                    ("merges.txt", ""),
+                    ("config.json", r#"{"model_type": "bart"}"#),
+                ],
+                "vocab.json: the vocabulary has no `</s>`",
+            ),
+        ];
+        for (files, expected) in cases {
+            let dir = folder(files);
+            let found = error(dir.path());
+            assert!(found.contains(expected), "expected `{expected}`, found `{found}`");
+        }
+    }
+
+    #[test]
+    fn a_tokenizers_own_padding_and_truncation_are_off() {
+        let mut inner = word_piece(WORDS.as_bytes(), BertNormalizer::default()).unwrap();
+        inner.with_padding(Some(tokenizers::PaddingParams {
+            strategy: tokenizers::PaddingStrategy::Fixed(12),
+            pad_token: "cat".into(),
+            ..Default::default()
+        }));
+        inner.with_truncation(Some(TruncationParams { max_length: 4, ..Default::default() })).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        inner.save(dir.path().join("tokenizer.json"), false).unwrap();
+        let tokenizer = Tokenizer::load(dir.path()).unwrap();
+        assert_eq!(tokenizer.encode("the", None, 16).unwrap().ids.len(), 3);
+        assert_eq!(tokenizer.encode("the the the the the", None, 16).unwrap().ids.len(), 7);
+        assert_eq!(tokenizer.pad_id(), 6, "the padding token that the file names");
+    }
+
+    #[test]
+    fn too_short_a_length_is_refused() {
+        let found = tiny().encode("the", Some("cat"), 4).unwrap_err().to_string();
+        assert!(found.contains("3 special tokens; use at least 5"), "{found}");
+        assert_eq!(tiny().encode("the", Some("cat"), 5).unwrap().ids, [2, 5, 3, 6, 3]);
+    }
+
+    #[test]
+    fn minilm_tokenises_like_its_own_file() {
+        let Some(dir) = minilm() else { return };
+        let tokenizer = Tokenizer::load(&dir).unwrap();
+        assert_eq!((tokenizer.vocab_size(), tokenizer.pad_id()), (30522, 0));
+        let encoded = tokenizer.encode("Hello, world!", None, 128).unwrap();
+        assert_eq!(encoded.ids, [101, 7592, 1010, 2088, 999, 102]);
+        // The same ids when its vocabulary is read without tokenizer.json.
+        let plain = tempfile::tempdir().unwrap();
+        for file in ["vocab.txt", "tokenizer_config.json"] {
+            std::fs::copy(dir.join(file), plain.path().join(file)).unwrap();
+        }
+        let plain = Tokenizer::load(plain.path()).unwrap();
+        let text = "Caf\u{e9}s in Z\u{fc}rich [MASK] 水火, isn't it? \u{1f600} naïvely";
+        let (a, b) = (tokenizer.encode(text, Some(text), 24), plain.encode(text, Some(text), 24));
+        assert_eq!(a.unwrap(), b.unwrap());
+    }
+
+    proptest! {
+        /// Length, and equality with the library's own truncation.
+        #[test]
+        fn truncation_keeps_to_the_length(
+            a in prop::collection::vec("the|cats|dog|é水", 0..30),
+            b in prop::option::of(prop::collection::vec("the|cats|dog|é水", 0..30)),
+            max_len in 5usize..40,
+        ) {
+            let (a, b) = (a.join(" "), b.map(|b| b.join(" ")));
+            let encoded = tiny().encode(&a, b.as_deref(), max_len).unwrap();
+            prop_assert!(encoded.ids.len() <= max_len);
+            prop_assert_eq!(encoded.ids.len(), encoded.types.len());
+            let mut theirs = word_piece(WORDS.as_bytes(), BertNormalizer::default()).unwrap();
+            theirs
+                .with_truncation(Some(TruncationParams {
+                    max_length: max_len,
+                    strategy: TruncationStrategy::LongestFirst,
+                    ..Default::default()
+                }))
+                .unwrap();
+            let ours = Tokenizer::new(theirs.clone(), None).unwrap().encode(&a, b.as_deref(), max_len).unwrap();
+            let theirs = match &b {
+                Some(b) => theirs.encode((a.as_str(), b.as_str()), true),
+                None => theirs.encode(a.as_str(), true),
+            }
+            .unwrap();
+            prop_assert_eq!(ours.ids.as_slice(), theirs.get_ids());
+            prop_assert_eq!(ours.types.as_slice(), theirs.get_type_ids());
+        }
+    }
+}
