@@ -128,7 +128,9 @@ impl Bound {
     }
 
     fn get(&self, name: &str) -> &Leaf {
-        self.leaves.get(name).unwrap_or_else(|| panic!("no weight `{name}`: loading checks that all are there"))
+        self.leaves
+            .get(name)
+            .unwrap_or_else(|| panic!("no weight `{name}`: loading checks that all are there"))
     }
 
     fn plain(&self, name: &str) -> &Var {
@@ -254,7 +256,11 @@ impl Forward<'_> {
 
     fn embed(&self, name: &str, s: &Stack, tokens: &Tokens) -> Var {
         let e = &s.embed;
-        let word = Lookup { table: self.bound.plain("embed.word").clone(), ids: tokens.ids.clone(), factor: e.scale };
+        let word = Lookup {
+            table: self.bound.plain("embed.word").clone(),
+            ids: tokens.ids.clone(),
+            factor: e.scale,
+        };
         let rows = |numbering| position_rows(tokens, numbering, self.spec.tokens.pad);
         let table = |part: &str| self.bound.plain(&format!("{name}.embed.{part}")).clone();
         let mut lookups = vec![word];
@@ -299,7 +305,16 @@ impl Forward<'_> {
             let at = format!("{name}.{i}");
             x = self.sublayer(&format!("{at}.attn.norm"), s, &x, |x| {
                 let input = self.input(&format!("{at}.attn"), x);
-                self.attend(&format!("{at}.attn"), s, &input, &input, tokens, tokens, s.causal, table.as_ref())
+                self.attend(
+                    &format!("{at}.attn"),
+                    s,
+                    &input,
+                    &input,
+                    tokens,
+                    tokens,
+                    s.causal,
+                    table.as_ref(),
+                )
             });
             if let (true, Some((encoded, source))) = (s.cross, source) {
                 x = self.sublayer(&format!("{at}.cross.norm"), s, &x, |x| {

@@ -4,11 +4,17 @@
 mod error;
 
 pub mod arch;
+pub mod config;
+pub mod distill;
+pub mod format;
 pub mod forward;
+pub mod model;
 pub mod params;
+pub mod quant;
 pub mod sparsity;
 pub mod spec;
 pub mod task;
+pub mod train;
 
 pub use error::{Error, Result};
 pub use gpusq_tensor as tensor;

@@ -294,7 +294,9 @@ impl TransformerSpec {
                 head("head.out", *outputs, hidden, true);
             }
             Head::Span => head("head.out", 2, hidden, true),
-            Head::LanguageModel { tied: false, bias } => head("head.out", self.vocab, self.embed_width, *bias),
+            Head::LanguageModel { tied: false, bias } => {
+                head("head.out", self.vocab, self.embed_width, *bias)
+            }
         }
         out
     }

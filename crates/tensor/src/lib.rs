@@ -4,6 +4,7 @@
 //! holds its contract, its backward pass and one implementation for each [`Device`].
 
 mod cpu;
+mod optim;
 mod pool;
 mod tape;
 mod tensor;
@@ -11,5 +12,6 @@ mod tensor;
 pub mod ops;
 
 pub use half::{bf16, f16};
+pub use optim::{AdamW, Moments, normal, square_sum};
 pub use tape::{Grads, Tape, Var};
 pub use tensor::{DType, Device, Tensor};

@@ -138,6 +138,14 @@ impl Tape {
         Var { value, node: Some(self.slot(Some(Box::new(backward)))) }
     }
 
+    /// The same elements under another shape.
+    pub fn reshape(&self, x: &Var, shape: &[usize]) -> Var {
+        let x2 = x.clone();
+        self.push(x.value().reshape(shape), &[x], move |grad, grads| {
+            grads.add(&x2, grad.reshape(x2.shape()));
+        })
+    }
+
     fn slot(&self, backward: Option<Backward>) -> usize {
         let mut nodes = self.nodes.borrow_mut();
         nodes.push(backward);

@@ -11,7 +11,12 @@ pub(super) const ARCH: Arch = Arch {
     spec,
     tensors,
     prefix: "model.",
-    classes: Classes { body: "BartModel", classify: "", span: "", language_model: "BartForConditionalGeneration" },
+    classes: Classes {
+        body: "BartModel",
+        classify: "",
+        span: "",
+        language_model: "BartForConditionalGeneration",
+    },
     classifier: None,
 };
 
@@ -79,7 +84,13 @@ fn tensors(spec: &TransformerSpec) -> Vec<Entry> {
         let at = format!("model.{name}");
         let position = format!("{at}.embed_positions.weight");
         out.push(Entry::new(format!("{name}.embed.position"), position, Layout::Same));
-        pairs(&mut out, format!("{name}.embed.norm"), format!("{at}.layernorm_embedding"), Layout::Same, true);
+        pairs(
+            &mut out,
+            format!("{name}.embed.norm"),
+            format!("{at}.layernorm_embedding"),
+            Layout::Same,
+            true,
+        );
         for i in 0..s.layers {
             let mut layer = |ours: &str, theirs: &str| {
                 let theirs = format!("{at}.layers.{i}.{theirs}");

@@ -109,7 +109,9 @@ fn tensors(spec: &TransformerSpec) -> Vec<Entry> {
             pairs(&mut out, "head.out".into(), "classifier".into(), Layout::Same, true);
         }
         Head::Span => pairs(&mut out, "head.out".into(), "qa_outputs".into(), Layout::Same, true),
-        Head::None | Head::LanguageModel { .. } => {}
+        // The pooler of a bare body, for the classifier a task may add.
+        Head::None => pairs(&mut out, "head.dense".into(), "bert.pooler.dense".into(), Layout::Same, true),
+        Head::LanguageModel { .. } => {}
     }
     out
 }

@@ -43,7 +43,11 @@ fn frequencies(c: &Config, head_dim: usize) -> Result<Vec<f64>> {
                 *f = (1.0 - blend) * *f / factor + blend * *f;
             }
         }
-        other => return Err(c.error(format!("rope_type `{other}` is not supported; supported: default, linear, llama3"))),
+        other => {
+            return Err(
+                c.error(format!("rope_type `{other}` is not supported; supported: default, linear, llama3"))
+            );
+        }
     }
     Ok(frequency)
 }
@@ -51,10 +55,16 @@ fn frequencies(c: &Config, head_dim: usize) -> Result<Vec<f64>> {
 fn spec(c: &Config) -> Result<TransformerSpec> {
     let (vocab, hidden) = (c.size("vocab_size")?, c.size("hidden_size")?);
     let heads = c.size("num_attention_heads")?;
-    let head_dim = if c.get("head_dim").is_some() { c.size("head_dim")? } else { c.heads("num_attention_heads", hidden)?.1 };
+    let head_dim = if c.get("head_dim").is_some() {
+        c.size("head_dim")?
+    } else {
+        c.heads("num_attention_heads", hidden)?.1
+    };
     let kv_heads = c.size_or("num_key_value_heads", heads)?;
     if heads % kv_heads != 0 {
-        return Err(c.error(format!("`num_key_value_heads` {kv_heads} does not divide `num_attention_heads` {heads}")));
+        return Err(c.error(format!(
+            "`num_key_value_heads` {kv_heads} does not divide `num_attention_heads` {heads}"
+        )));
     }
     if head_dim % 2 != 0 {
         return Err(c.error(format!("head width {head_dim} is odd; rotary positions turn pairs")));

@@ -121,9 +121,15 @@ impl Config {
         Self::parse(&path, &text)
     }
 
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Parses the text of a config.json; `path` is for errors.
     pub fn parse(path: &Path, text: &str) -> Result<Self> {
-        let json: Value = serde_json::from_str(text).map_err(|e| Error::line(path, e.line(), format!("not valid JSON: {e}")))?;
+        let json: Value = serde_json::from_str(text)
+            .map_err(|e| Error::line(path, e.line(), format!("not valid JSON: {e}")))?;
         if !json.is_object() {
             return Err(Error::file(path, "not a JSON object; expected a HuggingFace config.json"));
         }
@@ -219,7 +225,12 @@ impl Config {
     }
 
     /// The head that `architectures` names.
-    fn head(&self, classes: &Classes, dense: Option<Activation>, language_model: Option<Head>) -> Result<Head> {
+    fn head(
+        &self,
+        classes: &Classes,
+        dense: Option<Activation>,
+        language_model: Option<Head>,
+    ) -> Result<Head> {
         let class = self.json.pointer("/architectures/0").and_then(Value::as_str).unwrap_or(classes.body);
         let outputs = match self.get("id2label").and_then(Value::as_object) {
             Some(map) => map.len(),
@@ -229,13 +240,18 @@ impl Config {
             c if c == classes.body => Head::None,
             c if c == classes.classify && !c.is_empty() => Head::Classify { outputs, dense },
             c if c == classes.span && !c.is_empty() => Head::Span,
-            c if c == classes.language_model && language_model.is_some() => language_model.expect("just checked"),
+            c if c == classes.language_model && language_model.is_some() => {
+                language_model.expect("just checked")
+            }
             // A pre-training head (masked language model) is dropped: the body is what tasks start from.
             c if c.ends_with("ForMaskedLM") || c.ends_with("ForPreTraining") => Head::None,
             other => {
                 let known = [classes.body, classes.classify, classes.span, classes.language_model];
                 let known: Vec<&str> = known.into_iter().filter(|k| !k.is_empty()).collect();
-                return Err(self.error(format!("architecture `{other}` is not supported; supported: {}", known.join(", "))));
+                return Err(self.error(format!(
+                    "architecture `{other}` is not supported; supported: {}",
+                    known.join(", ")
+                )));
             }
         })
     }
@@ -254,7 +270,8 @@ pub fn with_head(config: &Config, spec: &TransformerSpec) -> Result<Value> {
     json["architectures"] = serde_json::json!([class]);
     if let Head::Classify { outputs, .. } = spec.head {
         let labels: Vec<String> = (0..outputs).map(|i| format!("LABEL_{i}")).collect();
-        json["id2label"] = labels.iter().enumerate().map(|(i, l)| (i.to_string(), Value::from(l.as_str()))).collect();
+        json["id2label"] =
+            labels.iter().enumerate().map(|(i, l)| (i.to_string(), Value::from(l.as_str()))).collect();
         json["label2id"] = labels.iter().enumerate().map(|(i, l)| (l.clone(), Value::from(i))).collect();
         if outputs == 1 {
             json["problem_type"] = "regression".into();
@@ -288,7 +305,10 @@ mod tests {
             (r#"{"model_type":"bert","vocab_size":0}"#, "vocab_size"),
             (r#"{"model_type":"bert"}"#, "vocab_size"),
             (r#"{"model_type":"bert","vocab_size":"x"}"#, "vocab_size"),
-            (r#"{"model_type":"bert","vocab_size":10,"hidden_size":10,"num_attention_heads":3}"#, "num_attention_heads"),
+            (
+                r#"{"model_type":"bert","vocab_size":10,"hidden_size":10,"num_attention_heads":3}"#,
+                "num_attention_heads",
+            ),
         ] {
             let c = Config::parse(Path::new("config.json"), text).unwrap();
             let e = (find(&c).unwrap().spec)(&c).unwrap_err().to_string();

@@ -80,7 +80,9 @@ fn tensors(spec: &TransformerSpec) -> Vec<Entry> {
         Entry::new("decoder.embed.position", "model.decoder.embed_positions.weight", Layout::Same),
     ];
     if s.embed.projected {
-        for (ours, theirs) in [("decoder.embed.project_in", "project_in"), ("decoder.project_out", "project_out")] {
+        for (ours, theirs) in
+            [("decoder.embed.project_in", "project_in"), ("decoder.project_out", "project_out")]
+        {
             pairs(&mut out, ours.into(), format!("model.decoder.{theirs}"), Layout::Same, false);
         }
     }

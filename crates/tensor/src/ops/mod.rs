@@ -24,4 +24,4 @@ pub mod select;
 pub mod weighted_sum;
 
 #[cfg(test)]
-mod check;
+pub(crate) mod check;

@@ -1,0 +1,279 @@
+//! The mixed loss (paper, equations 6 and 7, algorithm 1):
+//! `L = alpha * hard + beta * soft + gamma * feature`.
+
+use gpusq_tensor::ops::cross_entropy::cross_entropy;
+use gpusq_tensor::ops::kl_divergence::kl_divergence;
+use gpusq_tensor::ops::mse::mse;
+use gpusq_tensor::ops::select::select_column;
+use gpusq_tensor::ops::weighted_sum::weighted_sum;
+use gpusq_tensor::{Tape, Tensor, Var};
+
+use crate::forward::{Output, TapSet, Tokens};
+
+/// Weights of the loss terms.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Mix {
+    /// Weight of the hard loss: labels, or the teacher's argmax where there are none.
+    pub alpha: f32,
+    /// Weight of the soft loss: KL(teacher || student) of the logits.
+    pub beta: f32,
+    /// Weight of the feature loss: mean squared errors of block outputs and of the final projection.
+    pub gamma: f32,
+    /// Temperature of the soft loss.
+    pub temperature: f32,
+    /// The feature loss counts attention outputs too.
+    pub attention_features: bool,
+}
+
+impl Mix {
+    /// Labels only: no teacher.
+    pub const HARD: Mix =
+        Mix { alpha: 1.0, beta: 0.0, gamma: 0.0, temperature: 1.0, attention_features: false };
+
+    /// The taps that student and teacher must keep for this mix.
+    pub fn taps(&self) -> TapSet {
+        let features = self.gamma != 0.0;
+        TapSet { blocks: features, attention: features && self.attention_features, linears: false }
+    }
+}
+
+/// What a batch's outputs should be.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Targets {
+    /// One class per sequence, -100 for none.
+    Classes(Vec<i32>),
+    /// One number per sequence.
+    Values(Vec<f32>),
+    /// First and last token of each answer.
+    Spans {
+        /// Positions of the first token.
+        start: Vec<i32>,
+        /// Positions of the last token.
+        end: Vec<i32>,
+    },
+    /// One token per position, -100 for none; already shifted so that position `i` holds what it predicts.
+    Tokens(Vec<i32>),
+}
+
+/// A loss with the values of its terms (unweighted).
+pub struct Loss {
+    /// The weighted sum, to differentiate.
+    pub total: Var,
+    /// Its terms.
+    pub terms: Terms,
+}
+
+/// Values of the loss and its unweighted terms; a term that is not used is 0.
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Terms {
+    /// `alpha * hard + beta * soft + gamma * feature`.
+    pub total: f32,
+    /// Cross-entropy (or squared error of a regression).
+    pub hard: f32,
+    /// KL divergence (or squared error against the teacher of a regression).
+    pub soft: f32,
+    /// Sum of mean squared errors of the features.
+    pub feature: f32,
+}
+
+/// Logits as rows of predictions over classes: `[batch, classes]`, the two `[batch, length]` of spans, or
+/// `[tokens, vocab]`.
+fn predictions(tape: &Tape, logits: &Var, targets: &Targets, tokens: &Tokens) -> Vec<Var> {
+    match targets {
+        Targets::Spans { .. } => {
+            let shaped = tape.reshape(logits, &[tokens.batch, tokens.length, 2]);
+            vec![select_column(tape, &shaped, 0), select_column(tape, &shaped, 1)]
+        }
+        _ => vec![logits.clone()],
+    }
+}
+
+/// The mean hard loss of `logits` (shape of the head) against `targets`.
+pub fn hard_loss(tape: &Tape, logits: &Var, targets: &Targets, tokens: &Tokens) -> Var {
+    let p = predictions(tape, logits, targets, tokens);
+    match targets {
+        Targets::Classes(labels) | Targets::Tokens(labels) => cross_entropy(tape, &p[0], labels),
+        Targets::Values(values) => mse(tape, &p[0], &Tensor::from_f32(values.clone(), p[0].shape()), None),
+        Targets::Spans { start, end } => {
+            let (s, e) = (cross_entropy(tape, &p[0], start), cross_entropy(tape, &p[1], end));
+            weighted_sum(tape, &[(0.5, s), (0.5, e)])
+        }
+    }
+}
+
+/// `targets` with the teacher's argmax where a label is missing.
+fn filled(targets: &Targets, teacher: &[Tensor]) -> Targets {
+    let fill = |labels: &[i32], logits: &Tensor| -> Vec<i32> {
+        labels
+            .iter()
+            .zip(logits.f32().chunks_exact(logits.width()))
+            .map(|(&l, row)| if l >= 0 { l } else { argmax(row) as i32 })
+            .collect()
+    };
+    match targets {
+        Targets::Classes(l) => Targets::Classes(fill(l, &teacher[0])),
+        Targets::Values(v) => Targets::Values(
+            v.iter().zip(teacher[0].f32()).map(|(v, t)| if v.is_nan() { *t } else { *v }).collect(),
+        ),
+        Targets::Spans { start, end } => {
+            Targets::Spans { start: fill(start, &teacher[0]), end: fill(end, &teacher[1]) }
+        }
+        // A position without a label is context or padding, not an unlabelled example.
+        Targets::Tokens(l) => Targets::Tokens(l.clone()),
+    }
+}
+
+/// Index of the largest element, the first of equals.
+pub fn argmax(row: &[f32]) -> usize {
+    let mut best = 0;
+    for (i, v) in row.iter().enumerate() {
+        if *v > row[best] {
+            best = i;
+        }
+    }
+    best
+}
+
+/// The loss of `student` on a batch. Without a teacher only the hard term counts. Padded positions count
+/// in no term. `tokens` are those whose positions the outputs have.
+pub fn loss(
+    tape: &Tape,
+    mix: &Mix,
+    student: &Output,
+    teacher: Option<&Output>,
+    targets: &Targets,
+    tokens: &Tokens,
+) -> Loss {
+    let quiet = Tape::inference();
+    let teacher_predictions: Option<Vec<Tensor>> = teacher.map(|t| {
+        predictions(&quiet, &t.logits, targets, tokens).into_iter().map(|v| v.value().clone()).collect()
+    });
+    let targets = match &teacher_predictions {
+        Some(t) => &filled(targets, t),
+        None => targets,
+    };
+    let mut weighted = Vec::new();
+    let mut terms = Terms::default();
+    if mix.alpha != 0.0 || teacher.is_none() {
+        let hard = hard_loss(tape, &student.logits, targets, tokens);
+        terms.hard = hard.value().item();
+        weighted.push((mix.alpha, hard));
+    }
+    if let (Some(teacher), Some(logits)) = (teacher, teacher_predictions) {
+        if mix.beta != 0.0 {
+            let mine = predictions(tape, &student.logits, targets, tokens);
+            let counts = match targets {
+                Targets::Tokens(l) => Some(l.iter().map(|&l| l >= 0).collect::<Vec<bool>>()),
+                _ => None,
+            };
+            let each = 1.0 / mine.len() as f32;
+            let parts: Vec<(f32, Var)> = mine
+                .iter()
+                .zip(&logits)
+                .map(|(s, t)| {
+                    let term = match targets {
+                        // One number has no distribution; its distance to the teacher's stands in.
+                        Targets::Values(_) => mse(tape, s, t, None),
+                        _ => kl_divergence(tape, s, t, mix.temperature, counts.as_deref()),
+                    };
+                    (each, term)
+                })
+                .collect();
+            let soft = weighted_sum(tape, &parts);
+            terms.soft = soft.value().item();
+            weighted.push((mix.beta, soft));
+        }
+        if mix.gamma != 0.0 {
+            let feature = feature_loss(tape, student, teacher, tokens);
+            terms.feature = feature.value().item();
+            weighted.push((mix.gamma, feature));
+        }
+    }
+    let total = weighted_sum(tape, &weighted);
+    terms.total = total.value().item();
+    Loss { total, terms }
+}
+
+/// Sum over tapped features of their mean squared error, plus that of the final projection.
+fn feature_loss(tape: &Tape, student: &Output, teacher: &Output, tokens: &Tokens) -> Var {
+    let mut parts = Vec::new();
+    for (name, mine) in &student.taps {
+        // Embeddings are not a block, and the last hidden states are the last block's output normalised.
+        if name.ends_with(".embed") || name.ends_with(".last") {
+            continue;
+        }
+        let theirs = teacher.taps[name].value();
+        // Positions of a decoder's target and of its source differ; each has its own mask.
+        let mask = tokens.mask.as_deref().filter(|m| m.len() == theirs.rows());
+        parts.push((1.0, mse(tape, mine, theirs, mask)));
+    }
+    let (mine, theirs) = (&student.logits, teacher.logits.value());
+    let mask = tokens.mask.as_deref().filter(|m| m.len() == theirs.rows());
+    parts.push((1.0, mse(tape, mine, theirs, mask)));
+    weighted_sum(tape, &parts)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn output(tape: &Tape, logits: Vec<f32>, shape: &[usize], block: f32) -> Output {
+        let logits = tape.leaf(Tensor::from_f32(logits, shape));
+        let taps = [("encoder.0".to_string(), tape.leaf(Tensor::full(&[4, 2], block)))];
+        Output { logits, taps: taps.into_iter().collect() }
+    }
+
+    fn tokens() -> Tokens {
+        Tokens {
+            batch: 2,
+            length: 2,
+            ids: vec![0; 4],
+            types: vec![],
+            mask: Some(vec![true, true, true, false]),
+        }
+    }
+
+    /// Two examples, two classes, worked by hand.
+    #[test]
+    fn terms_match_hand_worked_values() {
+        let tape = Tape::recording();
+        let student = output(&tape, vec![0.0, 0.0, 2.0, 0.0], &[2, 2], 1.0);
+        let quiet = Tape::inference();
+        let teacher = output(&quiet, vec![2.0, 0.0, 2.0, 0.0], &[2, 2], 3.0);
+        let mix = Mix { alpha: 1.0, beta: 10.0, gamma: 1.0, temperature: 2.0, attention_features: false };
+        // The second label is missing, so the teacher's argmax, class 0, stands in.
+        let l = loss(&tape, &mix, &student, Some(&teacher), &Targets::Classes(vec![1, -100]), &tokens());
+        let hard = (2f64.ln() + (1.0 + (-2f64).exp()).ln()) / 2.0;
+        // First row: p = softmax(1, 0), q = (1/2, 1/2); second row: equal.
+        let p = 1.0 / (1.0 + (-1f64).exp());
+        let soft = (p * (p / 0.5).ln() + (1.0 - p) * ((1.0 - p) / 0.5).ln()) / 2.0;
+        // Block: (1 - 3)^2 on unpadded rows; logits: one of four differs by 2.
+        let feature = 4.0 + 1.0;
+        for (got, want) in [(l.terms.hard, hard), (l.terms.soft, soft), (l.terms.feature, feature)] {
+            assert!((got as f64 - want).abs() < 1e-6, "{got} {want}");
+        }
+        let total = hard + 10.0 * soft + feature;
+        assert!((l.total.value().item() as f64 - total).abs() < 1e-5);
+        assert!(tape.backward(&l.total).take(&student.logits).is_some());
+    }
+
+    #[test]
+    fn without_a_teacher_only_labels_count() {
+        let tape = Tape::recording();
+        let student = output(&tape, vec![1.0, 0.0, 0.0, 1.0], &[2, 2], 0.0);
+        let l = loss(&tape, &Mix::HARD, &student, None, &Targets::Classes(vec![0, 1]), &tokens());
+        assert_eq!((l.terms.soft, l.terms.feature), (0.0, 0.0));
+        assert_eq!(l.terms.total, l.terms.hard);
+    }
+
+    #[test]
+    fn spans_average_start_and_end() {
+        let tape = Tape::recording();
+        // Token rows of (start, end): sequence 0 prefers start 0, end 1.
+        let student = output(&tape, vec![5.0, 0.0, 0.0, 5.0, 0.0, 0.0, 0.0, 0.0], &[4, 2], 0.0);
+        let targets = Targets::Spans { start: vec![0, 1], end: vec![1, 0] };
+        let got = hard_loss(&tape, &student.logits, &targets, &tokens()).value().item() as f64;
+        let sure = (1.0 + (-5f64).exp()).ln();
+        assert!((got - (sure + 2f64.ln()) / 2.0).abs() < 1e-6, "{got}");
+    }
+}

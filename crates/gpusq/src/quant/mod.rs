@@ -1,0 +1,193 @@
+//! Post-training quantisation: the step sizes that quantisation-aware training starts from (paper,
+//! algorithm 1, line 18).
+
+pub mod grid;
+mod histogram;
+
+use std::collections::BTreeMap;
+
+use gpusq_tensor::ops::masked::MaskGradient;
+use gpusq_tensor::{Tape, Tensor};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use crate::forward::{Bound, Inputs, TapSet, forward};
+use crate::model::{Model, Stage, apply};
+use crate::params::Weight;
+use crate::spec::Role;
+use histogram::Histogram;
+
+/// Largest code.
+pub const QMAX: f32 = 127.0;
+/// Smallest step size: an all-zero row or tensor still needs a positive one.
+const SMALLEST: f32 = 1e-8;
+
+/// How a step size is chosen from values.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Method {
+    /// The largest magnitude gets code 127.
+    AbsMax,
+    /// This percentage of magnitudes is not clipped.
+    Percentile(f32),
+    /// The step size with the least squared error, among 100 between 0.2 and 1 times absmax's.
+    Mse,
+}
+
+/// Candidates of [`Method::Mse`], as fractions of the absmax step size.
+fn candidates() -> impl Iterator<Item = f32> {
+    (0..100).map(|i| 1.0 - 0.8 * i as f32 / 99.0)
+}
+
+/// One step size per row of `value` `[rows, cols]`: f32 `[rows]`.
+pub fn weight_scales(value: &Tensor, method: Method) -> Tensor {
+    let rows: Vec<f32> =
+        value.f32().par_chunks_exact(value.width()).map(|row| row_scale(row, method)).collect();
+    let n = rows.len();
+    Tensor::from_f32(rows, &[n])
+}
+
+fn row_scale(row: &[f32], method: Method) -> f32 {
+    let absmax = row.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+    let top = (absmax / QMAX).max(SMALLEST);
+    match method {
+        Method::AbsMax => top,
+        Method::Percentile(p) => {
+            let mut sorted: Vec<f32> = row.iter().map(|v| v.abs()).filter(|&v| v > 0.0).collect();
+            if sorted.is_empty() {
+                return top;
+            }
+            sorted.sort_by(f32::total_cmp);
+            let at = ((sorted.len() as f64 * p as f64 / 100.0).ceil() as usize).clamp(1, sorted.len());
+            (sorted[at - 1] / QMAX).max(SMALLEST)
+        }
+        Method::Mse => {
+            let error = |s: f32| -> f64 {
+                row.iter().map(|&v| (v - grid::code(v, s) as f32 * s) as f64).map(|e| e * e).sum()
+            };
+            best(top, error)
+        }
+    }
+}
+
+/// The candidate step size with the least error; the larger of equals.
+fn best(top: f32, error: impl Fn(f32) -> f64) -> f32 {
+    let mut best = (f64::INFINITY, top);
+    for s in candidates().map(|f| f * top) {
+        let e = error(s);
+        if e < best.0 {
+            best = (e, s);
+        }
+    }
+    best.1
+}
+
+/// Settings of [`calibrate`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Calibration {
+    /// For weights, per output row.
+    pub weights: Method,
+    /// For activations, per tensor.
+    pub activations: Method,
+    /// Roles whose linear map's output is quantised too (the pair after a layer, paper figure 2).
+    pub outputs: Vec<Role>,
+}
+
+/// Relative error of one quantised weight, for the report.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LayerError {
+    /// Name of the linear map.
+    pub name: String,
+    /// Root mean square of (weight - quantised weight) over that of the weight.
+    pub relative_rms: f64,
+}
+
+/// Turns a pruned model into a fake-quantised one: step sizes of weights from their values, of activations
+/// from a forward over `samples`. Returns each weight's quantisation error.
+pub fn calibrate(model: &mut Model, samples: &[Inputs], how: &Calibration) -> Vec<LayerError> {
+    let mut seen: BTreeMap<String, Histogram> = BTreeMap::new();
+    let tape = Tape::inference();
+    let bound = Bound::new(&tape, &model.params, MaskGradient::Kept);
+    let want = TapSet { linears: true, ..TapSet::default() };
+    for inputs in samples {
+        let out = forward(&tape, &model.spec, &bound, model.attention, inputs, want);
+        for (name, v) in &out.taps {
+            let t = v.value();
+            let mask = inputs.tokens.mask.as_ref().filter(|m| m.len() == t.rows());
+            let h = seen.entry(name.clone()).or_default();
+            for (r, row) in t.f32().chunks_exact(t.width()).enumerate() {
+                // Padding is no input, and its activations would stretch the range for nothing.
+                if mask.is_none_or(|m| m[r]) {
+                    h.add(row);
+                }
+            }
+        }
+    }
+    drop(bound);
+    let mut errors = Vec::new();
+    for l in model.spec.linears() {
+        let name = format!("{}.weight", l.name);
+        let Some(Weight::Masked { .. }) = model.params.get(&name) else { continue };
+        let Some(Weight::Masked { value, mask }) = model.params.remove(&name) else { unreachable!() };
+        let value = apply(&value, &mask);
+        let scale = weight_scales(&value, how.weights);
+        errors.push(LayerError { name: l.name.clone(), relative_rms: relative_error(&value, &scale) });
+        model.params.insert(name, Weight::Fake { value, mask, scale });
+        let step = |tap: &str| {
+            let s = seen.get(tap).map_or(SMALLEST, |h| h.scale(how.activations));
+            Weight::Dense(Tensor::scalar(s))
+        };
+        model.params.insert(l.input_scale(), step(&l.input));
+        if how.outputs.contains(&l.role) {
+            model.params.insert(l.output_scale(), step(&format!("{}.y", l.name)));
+        }
+    }
+    model.stage = Stage::Quantized;
+    errors
+}
+
+/// Root mean square of the quantisation error of `value` over its own root mean square.
+pub fn relative_error(value: &Tensor, scale: &Tensor) -> f64 {
+    let (mut error, mut size) = (0.0f64, 0.0f64);
+    for (row, &s) in value.f32().chunks_exact(value.width()).zip(scale.f32()) {
+        for &v in row {
+            let e = (v - grid::code(v, s) as f32 * s) as f64;
+            error += e * e;
+            size += v as f64 * v as f64;
+        }
+    }
+    if size == 0.0 { 0.0 } else { (error / size).sqrt() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn absmax_gives_the_largest_value_code_127() {
+        let t = Tensor::from_f32(vec![0.1, -2.54, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0], &[2, 4]);
+        let s = weight_scales(&t, Method::AbsMax);
+        assert_eq!(grid::code(-2.54, s.f32()[0]), -127);
+        assert!(s.f32()[1] > 0.0, "a row of zeros still has a step size");
+    }
+
+    #[test]
+    fn mse_is_never_worse_than_absmax_and_better_with_an_outlier() {
+        let mut row = gpusq_tensor::normal(&[1, 512], 1.0, 3);
+        row.f32_mut()[7] = 6.0;
+        let (a, m) = (weight_scales(&row, Method::AbsMax), weight_scales(&row, Method::Mse));
+        let (ea, em) = (relative_error(&row, &a), relative_error(&row, &m));
+        assert!(em <= ea, "{em} {ea}");
+        let mut heavy = row.clone();
+        heavy.f32_mut()[7] = 12.0;
+        let (a, m) = (weight_scales(&heavy, Method::AbsMax), weight_scales(&heavy, Method::Mse));
+        assert!(relative_error(&heavy, &m) < 0.99 * relative_error(&heavy, &a));
+    }
+
+    #[test]
+    fn percentile_clips_the_asked_share() {
+        let row: Vec<f32> = (1..=100).map(|i| i as f32).collect();
+        let s = weight_scales(&Tensor::from_f32(row, &[1, 100]), Method::Percentile(90.0));
+        assert_eq!(s.f32()[0], 90.0 / 127.0);
+    }
+}

@@ -1,0 +1,304 @@
+//! The training loop.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use gpusq_tensor::ops::masked::MaskGradient;
+use gpusq_tensor::{AdamW, Moments, Tape, square_sum};
+use serde::{Deserialize, Serialize};
+
+use super::batch::{collate, shuffled};
+use super::state::{SCALE, State};
+use crate::arch::{self, Layout};
+use crate::config::{Optimizer, Schedule};
+use crate::distill::{Mix, Terms, loss};
+use crate::forward::{Bound, forward};
+use crate::model::Model;
+use crate::params::Weight;
+use crate::sparsity::{Pattern, mask_rows};
+use crate::task::Dataset;
+use crate::{Error, Result};
+
+/// What a training stage does, besides the optimiser's settings.
+pub struct Fit<'a> {
+    /// Optimiser, schedule, batch size and budget.
+    pub optimizer: &'a Optimizer,
+    /// Weights of the loss terms.
+    pub mix: Mix,
+    /// The model whose outputs are imitated; `None` trains on labels alone.
+    pub teacher: Option<&'a Model>,
+    /// Learning rate of step sizes (of their logarithm).
+    pub scale_learning_rate: f64,
+    /// Steps between new masks from the current magnitudes; 0 keeps the masks.
+    pub mask_update_every: usize,
+    /// Seed of batch order and dropout.
+    pub seed: u64,
+    /// Where the state is kept, and the steps between saves (0: never).
+    pub checkpoint: Option<(PathBuf, usize)>,
+    /// Padding id for batches.
+    pub pad: u32,
+}
+
+/// One point of the loss curve: means over the steps since the last point.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Point {
+    /// Steps done.
+    pub step: usize,
+    /// Loss and its terms.
+    #[serde(flatten)]
+    pub terms: Terms,
+    /// Learning rate.
+    pub learning_rate: f64,
+}
+
+/// What the loop tells whoever watches.
+#[derive(Clone, Copy, Debug)]
+pub enum Event {
+    /// A step is done.
+    Step {
+        /// Steps done.
+        step: usize,
+        /// Steps in all.
+        steps: usize,
+        /// The step's loss.
+        terms: Terms,
+        /// Its learning rate.
+        learning_rate: f64,
+        /// Unpadded tokens in its batch.
+        tokens: usize,
+    },
+    /// The state was saved.
+    Saved {
+        /// Steps done.
+        step: usize,
+    },
+    /// The running loss fell below the threshold, so the stage ends early.
+    Stopped {
+        /// Steps done.
+        step: usize,
+        /// The running loss.
+        running: f64,
+    },
+}
+
+/// What a stage did.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// Steps done.
+    pub steps: usize,
+    /// The loss curve.
+    pub curve: Vec<Point>,
+    /// Seconds of training, over all resumptions.
+    pub seconds: f64,
+}
+
+/// Points of the loss curve that a stage records at most.
+const CURVE_POINTS: usize = 400;
+/// Decay of the running loss.
+const RUNNING: f64 = 0.98;
+
+/// Learning rate at step `step` (from 0) of `steps`.
+fn learning_rate(o: &Optimizer, step: usize, steps: usize) -> f64 {
+    let warm = (o.warmup * steps as f64).round();
+    if (step as f64) < warm {
+        return o.learning_rate * (step + 1) as f64 / warm;
+    }
+    let left = (steps - step) as f64 / (steps as f64 - warm).max(1.0);
+    o.learning_rate
+        * match o.schedule {
+            Schedule::Constant => 1.0,
+            Schedule::Linear => left,
+            Schedule::Cosine => 0.5 * (1.0 - (std::f64::consts::PI * left).cos()),
+        }
+}
+
+/// Steps a run over `examples` takes.
+pub fn total_steps(o: &Optimizer, examples: usize) -> usize {
+    let per_epoch = examples.div_ceil(o.batch_size);
+    let steps = (per_epoch as f64 * o.epochs).ceil() as usize;
+    o.max_steps.map_or(steps, |m| steps.min(m)).max(1)
+}
+
+/// Trains `student` on `data`, from `state` on. The same inputs give the same bits on the same CPU, however
+/// often the run was stopped and resumed.
+///
+/// # Errors
+/// A loss that is not finite (the last saved state stays), or what saving meets.
+pub fn fit(
+    student: &mut Model,
+    data: &Dataset,
+    how: &Fit,
+    mut state: State,
+    watch: &mut dyn FnMut(Event),
+) -> Result<Report> {
+    let o = how.optimizer;
+    let steps = total_steps(o, data.examples.len());
+    let per_epoch = data.examples.len().div_ceil(o.batch_size);
+    let record_every = steps.div_ceil(CURVE_POINTS);
+    let mut spec = student.spec.clone();
+    if let Some(p) = o.dropout {
+        for s in spec.encoder.iter_mut().chain(spec.decoder.iter_mut()) {
+            let p = p as f32;
+            (s.dropout.hidden, s.dropout.attention, s.dropout.head) = (p, p, p);
+        }
+    }
+    let frozen: BTreeSet<String> = (arch::find(&student.config)?.tensors)(&spec)
+        .into_iter()
+        .filter(|e| e.layout == Layout::Constant)
+        .map(|e| e.ours)
+        .collect();
+    let quiet = Tape::inference();
+    let teacher = how.teacher.map(|t| (t, Bound::new(&quiet, &t.params, MaskGradient::Kept)));
+    let gradient = if how.mask_update_every > 0 { MaskGradient::All } else { MaskGradient::Kept };
+    let mut order: (usize, Vec<Vec<usize>>) = (usize::MAX, Vec::new());
+    let mut recent: Vec<Terms> = Vec::new();
+    let mut started = Instant::now();
+
+    while state.progress.step < steps {
+        let step = state.progress.step;
+        let epoch = step / per_epoch;
+        if order.0 != epoch {
+            order = (epoch, shuffled(&data.examples, o.batch_size, how.seed, epoch));
+        }
+        let batch = collate(&data.examples, &order.1[step % per_epoch], data.head, how.pad);
+        let tokens = &batch.inputs.tokens;
+
+        let taught = teacher
+            .as_ref()
+            .map(|(t, bound)| forward(&quiet, &t.spec, bound, t.attention, &batch.inputs, how.mix.taps()));
+        let tape = Tape::training(how.seed ^ (step as u64 + 1).wrapping_mul(0xA076_1D64_78BD_642F));
+        let bound = Bound::new(&tape, &student.params, gradient);
+        let out = forward(&tape, &spec, &bound, student.attention, &batch.inputs, how.mix.taps());
+        let l = loss(&tape, &how.mix, &out, taught.as_ref(), &batch.targets, tokens);
+        let terms = l.terms;
+        if !terms.total.is_finite() {
+            return Err(Error::Mismatch(format!(
+                "the loss is {} at step {}; lower the learning rate (now {}) or raise the warm-up{}",
+                terms.total,
+                step + 1,
+                o.learning_rate,
+                if how.checkpoint.is_some() { "; the last saved state is kept" } else { "" }
+            )));
+        }
+        let mut grads = tape.backward(&l.total);
+        let gradients = bound.gradients(&mut grads);
+        // Weights are updated in place once nothing else holds them.
+        drop((bound, out, l, grads));
+
+        let lr = learning_rate(o, step, steps);
+        let norm = gradients
+            .iter()
+            .filter(|(n, _)| !is_scale(n))
+            .map(|(_, (g, _))| square_sum(g))
+            .sum::<f64>()
+            .sqrt();
+        let clip = if o.max_grad_norm > 0.0 && norm > o.max_grad_norm { o.max_grad_norm / norm } else { 1.0 };
+        let adam = AdamW {
+            learning_rate: lr as f32,
+            beta1: o.beta1 as f32,
+            beta2: o.beta2 as f32,
+            eps: o.eps as f32,
+            weight_decay: 0.0,
+            step: step as u32 + 1,
+            clip: clip as f32,
+        };
+        // Step sizes are trained in their logarithm, where a step is a relative change.
+        let scale_lr = how.scale_learning_rate * lr / o.learning_rate;
+        let of_scales = AdamW { learning_rate: scale_lr as f32, clip: 1.0, ..adam };
+        for (name, (grad, scale_grad)) in gradients {
+            if frozen.contains(&name) {
+                continue;
+            }
+            let moments = &mut state.moments;
+            let weight = student.params.get_mut(&name).expect("gradients are of weights");
+            if let (Some(g), Weight::Fake { scale, .. }) = (scale_grad, &mut *weight) {
+                let m = moments.entry(format!("{name}{SCALE}")).or_insert_with(|| Moments::new(g.shape()));
+                of_scales.update_positive(scale, &g, m);
+            }
+            let is_step = is_scale(&name);
+            let m = moments.entry(name).or_insert_with(|| Moments::new(grad.shape()));
+            match weight {
+                Weight::Dense(t) if is_step => of_scales.update_positive(t, &grad, m),
+                Weight::Dense(t) | Weight::Masked { value: t, .. } | Weight::Fake { value: t, .. } => {
+                    // Biases and norms are not decayed (Devlin et al. 2019, published code).
+                    let weight_decay = if t.shape().len() >= 2 { o.weight_decay as f32 } else { 0.0 };
+                    AdamW { weight_decay, ..adam }.update(t, &grad, m);
+                }
+                Weight::Packed(_) => unreachable!("packed weights are not trained"),
+            }
+        }
+        let p = &mut state.progress;
+        p.step = step + 1;
+        if how.mask_update_every > 0 && p.step % how.mask_update_every == 0 && p.step < steps {
+            update_masks(student);
+        }
+        p.running.0 = RUNNING * p.running.0 + (1.0 - RUNNING) * terms.total as f64;
+        p.running.1 = RUNNING * p.running.1 + (1.0 - RUNNING);
+        recent.push(terms);
+        if p.step % record_every == 0 || p.step == steps {
+            p.curve.push(Point { step: p.step, terms: mean(&recent), learning_rate: lr });
+            recent.clear();
+        }
+        let real = tokens.mask.as_ref().map_or(tokens.ids.len(), |m| m.iter().filter(|&&m| m).count());
+        watch(Event::Step { step: p.step, steps, terms, learning_rate: lr, tokens: real });
+        let running = p.running.0 / p.running.1;
+        if o.stop_loss.is_some_and(|limit| running < limit) {
+            watch(Event::Stopped { step: p.step, running });
+            break;
+        }
+        // Saves fall on curve points, so that a resumed curve has the same points.
+        if let Some((path, every)) = how.checkpoint.as_ref().filter(|(_, every)| *every > 0) {
+            let due = p.step / every > step / every && p.step < steps;
+            if due {
+                p.seconds += started.elapsed().as_secs_f64();
+                started = Instant::now();
+                let unsaved = std::mem::take(&mut recent);
+                state.save(path, &student.params)?;
+                recent = unsaved;
+                watch(Event::Saved { step: state.progress.step });
+            }
+        }
+    }
+    let p = state.progress;
+    Ok(Report { steps: p.step, curve: p.curve, seconds: p.seconds + started.elapsed().as_secs_f64() })
+}
+
+/// Whether a weight is an activation's step size.
+fn is_scale(name: &str) -> bool {
+    name.ends_with("put_scale")
+}
+
+fn mean(terms: &[Terms]) -> Terms {
+    let n = terms.len().max(1) as f32;
+    let of = |f: fn(&Terms) -> f32| terms.iter().map(f).sum::<f32>() / n;
+    Terms { total: of(|t| t.total), hard: of(|t| t.hard), soft: of(|t| t.soft), feature: of(|t| t.feature) }
+}
+
+/// New masks from current magnitudes.
+fn update_masks(model: &mut Model) {
+    for (_, w) in model.params.iter_mut() {
+        if let Weight::Masked { value, mask } | Weight::Fake { value, mask, .. } = w {
+            mask_rows(value.f32(), value.width(), Pattern::TWO_FOUR, mask.u8_mut());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn schedules_warm_up_and_end_low() {
+        let o =
+            Optimizer { learning_rate: 1.0, warmup: 0.1, schedule: Schedule::Linear, ..Optimizer::default() };
+        let rates: Vec<f64> = (0..100).map(|s| learning_rate(&o, s, 100)).collect();
+        assert!((rates[0] - 0.1).abs() < 1e-12 && (rates[9] - 1.0).abs() < 1e-12);
+        assert!((rates[10] - 1.0).abs() < 1e-12 && rates[99] > 0.0 && rates[99] < 0.02);
+        assert!(rates[10..].windows(2).all(|w| w[1] < w[0]));
+        let flat = Optimizer { schedule: Schedule::Constant, ..o.clone() };
+        assert_eq!(learning_rate(&flat, 99, 100), 1.0);
+        let cosine = Optimizer { schedule: Schedule::Cosine, ..o };
+        assert!((learning_rate(&cosine, 55, 100) - 0.5).abs() < 1e-9);
+    }
+}

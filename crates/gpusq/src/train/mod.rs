@@ -1,0 +1,8 @@
+//! Training: one loop for dense fine-tuning, pruning and quantisation-aware training.
+
+pub mod batch;
+mod fit;
+mod state;
+
+pub use fit::{Event, Fit, Point, Report, fit, total_steps};
+pub use state::State;
