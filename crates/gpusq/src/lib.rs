@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod error;
+pub mod evaluate;
 
 pub mod arch;
 pub mod config;

@@ -1,6 +1,6 @@
 //! The training loop.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -8,7 +8,7 @@ use gpusq_tensor::ops::masked::MaskGradient;
 use gpusq_tensor::{AdamW, Moments, Tape, square_sum};
 use serde::{Deserialize, Serialize};
 
-use super::batch::{collate, shuffled};
+use super::batch::{Batch, collate, shuffled};
 use super::state::{SCALE, State};
 use crate::arch::{self, Layout};
 use crate::config::{Optimizer, Schedule};
@@ -17,6 +17,7 @@ use crate::forward::{Bound, forward};
 use crate::model::Model;
 use crate::params::Weight;
 use crate::sparsity::{Pattern, mask_rows};
+use crate::spec::TransformerSpec;
 use crate::task::Dataset;
 use crate::{Error, Result};
 
@@ -120,56 +121,61 @@ pub fn total_steps(o: &Optimizer, examples: usize) -> usize {
     o.max_steps.map_or(steps, |m| steps.min(m)).max(1)
 }
 
-/// Trains `student` on `data`, from `state` on. The same inputs give the same bits on the same CPU, however
-/// often the run was stopped and resumed.
-///
-/// # Errors
-/// A loss that is not finite (the last saved state stays), or what saving meets.
-pub fn fit(
-    student: &mut Model,
-    data: &Dataset,
-    how: &Fit,
-    mut state: State,
-    watch: &mut dyn FnMut(Event),
-) -> Result<Report> {
-    let o = how.optimizer;
-    let steps = total_steps(o, data.examples.len());
-    let per_epoch = data.examples.len().div_ceil(o.batch_size);
-    let record_every = steps.div_ceil(CURVE_POINTS);
-    let mut spec = student.spec.clone();
-    if let Some(p) = o.dropout {
-        for s in spec.encoder.iter_mut().chain(spec.decoder.iter_mut()) {
-            let p = p as f32;
-            (s.dropout.hidden, s.dropout.attention, s.dropout.head) = (p, p, p);
+/// One optimiser step, with everything about it that does not change from step to step.
+pub struct Stepper<'a> {
+    how: &'a Fit<'a>,
+    /// The student's specification with the run's dropout.
+    spec: TransformerSpec,
+    /// Weights that are constants of the checkpoint.
+    frozen: BTreeSet<String>,
+    quiet: Tape,
+    teacher: Option<(&'a Model, Bound)>,
+    gradient: MaskGradient,
+}
+
+impl<'a> Stepper<'a> {
+    /// Prepares to train `student` as `how` says.
+    pub fn new(student: &Model, how: &'a Fit<'a>) -> Result<Self> {
+        let mut spec = student.spec.clone();
+        if let Some(p) = how.optimizer.dropout {
+            for s in spec.encoder.iter_mut().chain(spec.decoder.iter_mut()) {
+                let p = p as f32;
+                (s.dropout.hidden, s.dropout.attention, s.dropout.head) = (p, p, p);
+            }
         }
+        let frozen = (arch::find(&student.config)?.tensors)(&spec)
+            .into_iter()
+            .filter(|e| e.layout == Layout::Constant)
+            .map(|e| e.ours)
+            .collect();
+        let quiet = Tape::inference();
+        let teacher = how.teacher.map(|t| (t, Bound::new(&quiet, &t.params, MaskGradient::Kept)));
+        let gradient = if how.mask_update_every > 0 { MaskGradient::All } else { MaskGradient::Kept };
+        Ok(Stepper { how, spec, frozen, quiet, teacher, gradient })
     }
-    let frozen: BTreeSet<String> = (arch::find(&student.config)?.tensors)(&spec)
-        .into_iter()
-        .filter(|e| e.layout == Layout::Constant)
-        .map(|e| e.ours)
-        .collect();
-    let quiet = Tape::inference();
-    let teacher = how.teacher.map(|t| (t, Bound::new(&quiet, &t.params, MaskGradient::Kept)));
-    let gradient = if how.mask_update_every > 0 { MaskGradient::All } else { MaskGradient::Kept };
-    let mut order: (usize, Vec<Vec<usize>>) = (usize::MAX, Vec::new());
-    let mut recent: Vec<Terms> = Vec::new();
-    let mut started = Instant::now();
 
-    while state.progress.step < steps {
-        let step = state.progress.step;
-        let epoch = step / per_epoch;
-        if order.0 != epoch {
-            order = (epoch, shuffled(&data.examples, o.batch_size, how.seed, epoch));
-        }
-        let batch = collate(&data.examples, &order.1[step % per_epoch], data.head, how.pad);
-        let tokens = &batch.inputs.tokens;
-
-        let taught = teacher
+    /// Step number `step` (from 0) on `batch` at learning rate `lr`: teacher and student forward, loss,
+    /// backward, clipping, AdamW.
+    ///
+    /// # Errors
+    /// A loss that is not finite; the weights are untouched then.
+    pub fn step(
+        &self,
+        student: &mut Model,
+        moments: &mut BTreeMap<String, Moments>,
+        batch: &Batch,
+        step: usize,
+        lr: f64,
+    ) -> Result<Terms> {
+        let (how, o, tokens) = (self.how, self.how.optimizer, &batch.inputs.tokens);
+        let taps = how.mix.taps();
+        let taught = self
+            .teacher
             .as_ref()
-            .map(|(t, bound)| forward(&quiet, &t.spec, bound, t.attention, &batch.inputs, how.mix.taps()));
+            .map(|(t, bound)| forward(&self.quiet, &t.spec, bound, t.attention, &batch.inputs, taps));
         let tape = Tape::training(how.seed ^ (step as u64 + 1).wrapping_mul(0xA076_1D64_78BD_642F));
-        let bound = Bound::new(&tape, &student.params, gradient);
-        let out = forward(&tape, &spec, &bound, student.attention, &batch.inputs, how.mix.taps());
+        let bound = Bound::new(&tape, &student.params, self.gradient);
+        let out = forward(&tape, &self.spec, &bound, student.attention, &batch.inputs, taps);
         let l = loss(&tape, &how.mix, &out, taught.as_ref(), &batch.targets, tokens);
         let terms = l.terms;
         if !terms.total.is_finite() {
@@ -186,13 +192,8 @@ pub fn fit(
         // Weights are updated in place once nothing else holds them.
         drop((bound, out, l, grads));
 
-        let lr = learning_rate(o, step, steps);
-        let norm = gradients
-            .iter()
-            .filter(|(n, _)| !is_scale(n))
-            .map(|(_, (g, _))| square_sum(g))
-            .sum::<f64>()
-            .sqrt();
+        let weights = gradients.iter().filter(|(n, _)| !is_scale(n));
+        let norm = weights.map(|(_, (g, _))| square_sum(g)).sum::<f64>().sqrt();
         let clip = if o.max_grad_norm > 0.0 && norm > o.max_grad_norm { o.max_grad_norm / norm } else { 1.0 };
         let adam = AdamW {
             learning_rate: lr as f32,
@@ -207,10 +208,9 @@ pub fn fit(
         let scale_lr = how.scale_learning_rate * lr / o.learning_rate;
         let of_scales = AdamW { learning_rate: scale_lr as f32, clip: 1.0, ..adam };
         for (name, (grad, scale_grad)) in gradients {
-            if frozen.contains(&name) {
+            if self.frozen.contains(&name) {
                 continue;
             }
-            let moments = &mut state.moments;
             let weight = student.params.get_mut(&name).expect("gradients are of weights");
             if let (Some(g), Weight::Fake { scale, .. }) = (scale_grad, &mut *weight) {
                 let m = moments.entry(format!("{name}{SCALE}")).or_insert_with(|| Moments::new(g.shape()));
@@ -228,6 +228,38 @@ pub fn fit(
                 Weight::Packed(_) => unreachable!("packed weights are not trained"),
             }
         }
+        Ok(terms)
+    }
+}
+
+/// Trains `student` on `data`, from `state` on. The same inputs give the same bits on the same CPU, however
+/// often the run was stopped and resumed.
+///
+/// # Errors
+/// A loss that is not finite (the last saved state stays), or what saving meets.
+pub fn fit(
+    student: &mut Model,
+    data: &Dataset,
+    how: &Fit,
+    mut state: State,
+    watch: &mut dyn FnMut(Event),
+) -> Result<Report> {
+    let o = how.optimizer;
+    let steps = total_steps(o, data.examples.len());
+    let per_epoch = data.examples.len().div_ceil(o.batch_size);
+    let record_every = steps.div_ceil(CURVE_POINTS);
+    let stepper = Stepper::new(student, how)?;
+    let mut order: (usize, Vec<Vec<usize>>) = (usize::MAX, Vec::new());
+    let mut started = Instant::now();
+    while state.progress.step < steps && !state.progress.stopped {
+        let step = state.progress.step;
+        let epoch = step / per_epoch;
+        if order.0 != epoch {
+            order = (epoch, shuffled(&data.examples, o.batch_size, how.seed, epoch));
+        }
+        let batch = collate(&data.examples, &order.1[step % per_epoch], data.head, how.pad);
+        let lr = learning_rate(o, step, steps);
+        let terms = stepper.step(student, &mut state.moments, &batch, step, lr)?;
         let p = &mut state.progress;
         p.step = step + 1;
         if how.mask_update_every > 0 && p.step % how.mask_update_every == 0 && p.step < steps {
@@ -235,27 +267,24 @@ pub fn fit(
         }
         p.running.0 = RUNNING * p.running.0 + (1.0 - RUNNING) * terms.total as f64;
         p.running.1 = RUNNING * p.running.1 + (1.0 - RUNNING);
-        recent.push(terms);
+        p.recent.push(terms);
         if p.step % record_every == 0 || p.step == steps {
-            p.curve.push(Point { step: p.step, terms: mean(&recent), learning_rate: lr });
-            recent.clear();
+            p.curve.push(Point { step: p.step, terms: mean(&p.recent), learning_rate: lr });
+            p.recent.clear();
         }
+        let tokens = &batch.inputs.tokens;
         let real = tokens.mask.as_ref().map_or(tokens.ids.len(), |m| m.iter().filter(|&&m| m).count());
         watch(Event::Step { step: p.step, steps, terms, learning_rate: lr, tokens: real });
         let running = p.running.0 / p.running.1;
         if o.stop_loss.is_some_and(|limit| running < limit) {
+            p.stopped = true;
             watch(Event::Stopped { step: p.step, running });
-            break;
         }
-        // Saves fall on curve points, so that a resumed curve has the same points.
         if let Some((path, every)) = how.checkpoint.as_ref().filter(|(_, every)| *every > 0) {
-            let due = p.step / every > step / every && p.step < steps;
-            if due {
+            if p.step % every == 0 && p.step < steps {
                 p.seconds += started.elapsed().as_secs_f64();
                 started = Instant::now();
-                let unsaved = std::mem::take(&mut recent);
                 state.save(path, &student.params)?;
-                recent = unsaved;
                 watch(Event::Saved { step: state.progress.step });
             }
         }

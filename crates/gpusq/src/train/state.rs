@@ -7,6 +7,7 @@ use gpusq_tensor::{Moments, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::fit::Point;
+use crate::distill::Terms;
 use crate::format::safetensors::{Checkpoint, write_safetensors};
 use crate::params::{Params, Weight};
 use crate::{Error, Result};
@@ -30,6 +31,10 @@ pub struct Progress {
     pub step: usize,
     /// Bias-corrected running mean of the loss: its sum and its weight.
     pub running: (f64, f64),
+    /// Losses since the curve's last point.
+    pub recent: Vec<Terms>,
+    /// Whether the running loss has fallen below its threshold.
+    pub stopped: bool,
     /// The loss curve so far.
     pub curve: Vec<Point>,
     /// Seconds spent training so far.

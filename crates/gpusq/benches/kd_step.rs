@@ -1,0 +1,76 @@
+//! One knowledge-distillation step of a MiniLM-sized model on the CPU: teacher and student forward, span
+//! loss + KL + features, backward, clipping, AdamW. Random weights and tokens, f32, batch 8, sequence 128.
+
+use std::collections::BTreeMap;
+use std::hint::black_box;
+use std::path::Path;
+
+use criterion::{Criterion, criterion_group, criterion_main};
+use gpusq::arch::Config;
+use gpusq::config::Optimizer;
+use gpusq::distill::{Mix, Targets};
+use gpusq::forward::{Inputs, Tokens};
+use gpusq::model::{Model, Stage};
+use gpusq::params::{Params, Weight};
+use gpusq::sparsity::Pattern;
+use gpusq::tensor::{Tensor, normal};
+use gpusq::train::batch::Batch;
+use gpusq::train::{Fit, Stepper};
+
+const CONFIG: &str = r#"{"model_type":"bert","architectures":["BertForQuestionAnswering"],"vocab_size":30522,
+"hidden_size":384,"num_hidden_layers":6,"num_attention_heads":12,"intermediate_size":1536,
+"max_position_embeddings":512,"hidden_dropout_prob":0.0,"attention_probs_dropout_prob":0.0}"#;
+
+fn model() -> Model {
+    let config = Config::parse(Path::new("config.json"), CONFIG).unwrap();
+    let spec = (gpusq::arch::find(&config).unwrap().spec)(&config).unwrap();
+    let mut params = Params::new();
+    for (i, (name, shape)) in spec.weights().into_iter().enumerate() {
+        let t = match shape.len() {
+            2 => normal(&shape, 0.02, i as u64),
+            _ if name.contains("norm.weight") => Tensor::full(&shape, 1.0),
+            _ => Tensor::zeros(&shape),
+        };
+        params.insert(name, Weight::Dense(t));
+    }
+    Model { spec, params, config, stage: Stage::Dense, attention: None, task: None, fresh: vec![], unused: vec![] }
+}
+
+fn step(c: &mut Criterion) {
+    let (batch, length) = (8usize, 128usize);
+    let ids = (0..batch * length).map(|i| (i as u32).wrapping_mul(2_654_435_761) % 30_522).collect();
+    let tokens = Tokens { batch, length, ids, types: vec![0; batch * length], mask: None };
+    let targets = Targets::Spans { start: vec![5; batch], end: vec![9; batch] };
+    let b = Batch { inputs: Inputs { tokens, target: None }, targets, examples: vec![] };
+    let optimizer = Optimizer { learning_rate: 1e-5, ..Optimizer::default() };
+    for (name, attention) in [("dense", None), ("attention 2:4", Some(Pattern::TWO_FOUR))] {
+        let (teacher, mut student) = (model(), model());
+        student.attention = attention;
+        let how = Fit {
+            optimizer: &optimizer,
+            mix: Mix { alpha: 1.0, beta: 10.0, gamma: 1.0, temperature: 2.0, attention_features: false },
+            teacher: Some(&teacher),
+            scale_learning_rate: 1e-3,
+            mask_update_every: 0,
+            seed: 1,
+            checkpoint: None,
+            pad: 0,
+        };
+        let stepper = Stepper::new(&student, &how).unwrap();
+        let mut moments = BTreeMap::new();
+        let mut n = 0;
+        c.bench_function(&format!("KD step, MiniLM size, batch 8 x 128, {name}"), |bench| {
+            bench.iter(|| {
+                n += 1;
+                black_box(stepper.step(&mut student, &mut moments, &b, n, 1e-5).unwrap())
+            })
+        });
+    }
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default().sample_size(20).measurement_time(std::time::Duration::from_secs(15));
+    targets = step
+}
+criterion_main!(benches);

@@ -1,0 +1,47 @@
+//! Outputs of a model of any stage for a data set.
+
+use gpusq_tensor::Tape;
+use gpusq_tensor::ops::masked::MaskGradient;
+
+use crate::forward::{Bound, TapSet, forward};
+use crate::model::Model;
+use crate::task::{Dataset, HeadKind};
+use crate::train::batch::{by_length, collate};
+use crate::Result;
+
+/// Logits of each example of `data`, in the layout [`Dataset::score`] takes. Examples are batched by length,
+/// `batch` at a time; `watch` is told how many are done.
+///
+/// # Errors
+/// What the engine says of a packed model it cannot run.
+pub fn predict(
+    model: &Model,
+    data: &Dataset,
+    batch: usize,
+    pad: u32,
+    watch: &mut dyn FnMut(usize),
+) -> Result<Vec<Vec<f32>>> {
+    let tape = Tape::inference();
+    let bound = Bound::new(&tape, &model.params, MaskGradient::Kept);
+    let mut outputs = vec![Vec::new(); data.examples.len()];
+    let mut done = 0;
+    for which in by_length(data, batch) {
+        let b = collate(&data.examples, &which, data.head, pad);
+        let out = forward(&tape, &model.spec, &bound, model.attention, &b.inputs, TapSet::default());
+        let (logits, length) = (out.logits.value().f32(), b.inputs.tokens.length);
+        for (row, &i) in which.iter().enumerate() {
+            outputs[i] = match data.head {
+                HeadKind::Classes(n) => logits[row * n..(row + 1) * n].to_vec(),
+                HeadKind::Value => vec![logits[row]],
+                HeadKind::Span => {
+                    let own = &logits[row * length * 2..][..data.examples[i].ids.len() * 2];
+                    let starts = own.iter().step_by(2);
+                    starts.chain(own.iter().skip(1).step_by(2)).copied().collect()
+                }
+            };
+        }
+        done += which.len();
+        watch(done);
+    }
+    Ok(outputs)
+}
