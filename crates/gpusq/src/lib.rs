@@ -3,6 +3,7 @@
 
 mod error;
 pub mod params;
+pub mod report;
 
 pub use error::{Error, Result};
 pub use gpusq_tensor as tensor;
