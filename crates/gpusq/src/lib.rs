@@ -16,6 +16,7 @@ pub mod sparsity;
 pub mod spec;
 pub mod task;
 pub mod train;
+pub mod report;
 
 pub use error::{Error, Result};
 pub use gpusq_tensor as tensor;
