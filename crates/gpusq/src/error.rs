@@ -51,7 +51,9 @@ pub enum Error {
 
 fn hint(source: &std::io::Error) -> &'static str {
     match source.kind() {
-        std::io::ErrorKind::StorageFull => "; free some space or choose another --out, nothing was left half-written",
+        std::io::ErrorKind::StorageFull => {
+            "; free some space or choose another --out, nothing was left half-written"
+        }
         std::io::ErrorKind::NotFound => "; check the path",
         _ => "",
     }

@@ -2,7 +2,9 @@
 #![forbid(unsafe_code)]
 
 mod error;
+pub mod format;
 pub mod params;
+pub mod quant;
 
 pub use error::{Error, Result};
 pub use gpusq_tensor as tensor;

@@ -1,0 +1,417 @@
+//! Files and folders that appear whole or not at all.
+
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use crate::{Error, Result};
+
+/// Writes the file `path` through `content` so that a reader, now or after a crash, sees the old file or
+/// the whole new one.
+///
+/// The bytes go to a hidden temporary file in the same folder, which is synced and renamed; on any error
+/// it is removed. A symbolic link at `path` is replaced, not followed.
+///
+/// # Errors
+/// [`Error::Io`] naming `path`, with the system's reason.
+pub fn write_file(
+    path: impl AsRef<Path>,
+    content: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> Result<()> {
+    let path = path.as_ref();
+    let folder = parent(path);
+    let name = path.file_name().ok_or_else(|| Error::file(path, "is a folder, not the name of a file"))?;
+    let write = || -> io::Result<()> {
+        let mut prefix = std::ffi::OsString::from(".");
+        prefix.push(name);
+        prefix.push(".");
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(&prefix).suffix(".tmp");
+        // The default of temporary files, 0600, would leave models that colleagues cannot read.
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        // Its error names the temporary file; the user asked for another.
+        let temp = builder.tempfile_in(folder).map_err(|e| io::Error::from(e.kind()))?;
+        let mut buffered = BufWriter::with_capacity(1 << 20, temp.as_file());
+        content(&mut buffered)?;
+        buffered.flush()?;
+        drop(buffered);
+        temp.as_file().sync_all()?;
+        temp.persist(path)?;
+        sync_folder(folder)
+    };
+    write().map_err(Error::io(path))
+}
+
+/// An output folder that appears under its name only when it is complete.
+///
+/// Files are built in a hidden sibling, `.NAME.partial-PID`; [`OutDir::commit`] renames it into place and
+/// dropping it without that removes it. Write the files inside with [`write_file`], which syncs them.
+#[derive(Debug)]
+pub struct OutDir {
+    target: PathBuf,
+    partial: PathBuf,
+    keep: bool,
+}
+
+impl OutDir {
+    /// Starts building the folder `path`, creating the folders above it where they are missing. An empty
+    /// folder of that name is taken over.
+    ///
+    /// # Errors
+    /// [`Error::File`] when `path` is a file, a folder with content or the place where a disk is mounted;
+    /// [`Error::Io`] when it cannot be created.
+    pub fn create(path: impl AsRef<Path>) -> Result<OutDir> {
+        let path = path.as_ref();
+        // A link to an empty folder stands for that folder: renaming onto the link itself would fail.
+        let target = fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+        let Some(name) = target.file_name() else {
+            return Err(Error::file(path, "names no folder of its own; choose another --out"));
+        };
+        let exists = match fs::read_dir(&target) {
+            Ok(mut entries) => {
+                if entries.next().is_some() {
+                    return Err(Error::file(
+                        path,
+                        "already exists and is not empty; choose another --out, continue it with --resume, \
+                         or remove it",
+                    ));
+                }
+                true
+            }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => false,
+            Err(e) if e.kind() == io::ErrorKind::NotADirectory => {
+                return Err(Error::file(path, "is a file, not a folder; choose another --out"));
+            }
+            Err(e) => return Err(Error::io(path)(e)),
+        };
+        let mut hidden = std::ffi::OsString::from(".");
+        hidden.push(name);
+        hidden.push(format!(".partial-{}", std::process::id()));
+        let folder = parent(&target);
+        fs::create_dir_all(folder).map_err(Error::io(folder))?;
+        let partial = folder.join(hidden);
+        let make = || match fs::create_dir(&partial) {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Err(Error::file(
+                &partial,
+                format!(
+                    "is left from an interrupted run, or another run is writing {}; remove it or choose \
+                     another --out",
+                    path.display()
+                ),
+            )),
+            other => other.map_err(Error::io(&partial)),
+        };
+        make()?;
+        if exists {
+            // A mount point can be written into but not renamed onto. Find that out now, by doing it with
+            // an empty folder, and not after hours of training.
+            if let Err(e) = fs::rename(&partial, &target) {
+                let _ = fs::remove_dir(&partial);
+                return Err(Error::file(
+                    path,
+                    format!("cannot be replaced ({e}); choose a folder inside it as --out"),
+                ));
+            }
+            make()?;
+        }
+        Ok(OutDir { target, partial, keep: false })
+    }
+
+    /// Where to write for now.
+    pub fn path(&self) -> &Path {
+        &self.partial
+    }
+
+    /// Gives the folder its name.
+    ///
+    /// # Errors
+    /// [`Error::File`] when the name was taken meanwhile or cannot be given; the finished output then stays
+    /// in the hidden folder that the message names, since it may have cost hours.
+    pub fn commit(mut self) -> Result<()> {
+        self.keep = true;
+        let folder = parent(&self.target);
+        sync_folder(&self.partial)
+            .and_then(|()| fs::rename(&self.partial, &self.target))
+            .and_then(|()| sync_folder(folder))
+            .map_err(|e| {
+                Error::file(
+                    &self.target,
+                    format!(
+                        "could not be put in place ({e}); the finished output is in {}, rename it yourself",
+                        self.partial.display()
+                    ),
+                )
+            })
+    }
+}
+
+impl Drop for OutDir {
+    fn drop(&mut self) {
+        if !self.keep {
+            // Nothing can be done about a failure here, and the error that led here matters more.
+            let _ = fs::remove_dir_all(&self.partial);
+        }
+    }
+}
+
+/// Bytes that may still be written where `path` is or will be, or `None` if the system does not say.
+pub fn free_space(path: impl AsRef<Path>) -> Option<u64> {
+    let path = std::path::absolute(path).ok()?;
+    fs4::available_space(path.ancestors().find(|p| p.exists())?).ok()
+}
+
+fn parent(path: &Path) -> &Path {
+    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Makes a rename inside `folder` survive a power cut, where the file system can.
+fn sync_folder(folder: &Path) -> io::Result<()> {
+    #[cfg(unix)]
+    match File::open(folder)?.sync_all() {
+        // Some network file systems cannot sync a folder.
+        Err(e) if !matches!(e.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => Err(e),
+        _ => Ok(()),
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = File::open(folder);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(dir: &Path) -> Vec<String> {
+        let mut names: Vec<_> =
+            fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    /// A small file system, or `None` where mounting is not allowed.
+    struct Tmpfs(tempfile::TempDir);
+
+    impl Tmpfs {
+        fn mount(size: &str) -> Option<Tmpfs> {
+            let dir = tempfile::tempdir().unwrap();
+            let options = format!("size={size}");
+            let mounted = std::process::Command::new("mount")
+                .args(["-t", "tmpfs", "-o", &options, "tmpfs"])
+                .arg(dir.path())
+                .output();
+            match mounted {
+                Ok(out) if out.status.success() => Some(Tmpfs(dir)),
+                _ => {
+                    eprintln!("skipped: mounting a small tmpfs is not allowed here");
+                    None
+                }
+            }
+        }
+    }
+
+    impl Drop for Tmpfs {
+        fn drop(&mut self) {
+            let _ = std::process::Command::new("umount").arg(self.0.path()).output();
+        }
+    }
+
+    #[test]
+    fn a_file_is_replaced_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.bin");
+        write_file(&path, |w| w.write_all(b"old")).unwrap();
+        write_file(&path, |w| w.write_all(b"newer")).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"newer");
+        assert_eq!(names(dir.path()), ["a.bin"]);
+    }
+
+    #[test]
+    fn the_temporary_file_is_hidden_beside_the_target() {
+        let dir = tempfile::tempdir().unwrap();
+        write_file(dir.path().join("a.bin"), |w| {
+            w.write_all(b"x")?;
+            let seen = names(dir.path());
+            assert!(
+                seen.len() == 1 && seen[0].starts_with(".a.bin.") && seen[0].ends_with(".tmp"),
+                "{seen:?}"
+            );
+            Ok(())
+        })
+        .unwrap();
+    }
+
+    #[test]
+    fn a_failed_write_leaves_the_old_file_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.bin");
+        write_file(&path, |w| w.write_all(b"old")).unwrap();
+        let error = write_file(&path, |w| {
+            w.write_all(&[0; 3 << 20])?;
+            Err(io::ErrorKind::StorageFull.into())
+        })
+        .unwrap_err()
+        .to_string();
+        assert!(error.contains("a.bin") && error.contains("free some space"), "{error}");
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        assert_eq!(names(dir.path()), ["a.bin"]);
+    }
+
+    #[test]
+    fn a_missing_folder_is_named_without_the_temporary_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("missing/a.bin");
+        let error = write_file(&path, |w| w.write_all(b"x")).unwrap_err();
+        assert!(matches!(&error, Error::Io { path: p, source } if *p == path
+            && source.kind() == io::ErrorKind::NotFound));
+        assert!(!error.to_string().contains(".tmp"), "{error}");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn written_files_follow_the_umask() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let (ours, plain) = (dir.path().join("ours"), dir.path().join("plain"));
+        write_file(&ours, |w| w.write_all(b"x")).unwrap();
+        fs::write(&plain, b"x").unwrap();
+        let mode = |p: &Path| fs::metadata(p).unwrap().permissions().mode();
+        assert_eq!(mode(&ours), mode(&plain));
+    }
+
+    #[test]
+    fn a_full_disk_is_one_clear_error_and_leaves_nothing() {
+        let Some(disk) = Tmpfs::mount("64k") else { return };
+        let path = disk.0.path().join("a.bin");
+        write_file(&path, |w| w.write_all(b"old")).unwrap();
+        let error = write_file(&path, |w| w.write_all(&[7; 1 << 20])).unwrap_err();
+        assert!(
+            matches!(&error, Error::Io { path: p, source } if *p == path
+            && source.kind() == io::ErrorKind::StorageFull),
+            "{error:?}"
+        );
+        let text = error.to_string();
+        assert!(
+            text.contains("a.bin") && !text.contains(".tmp") && text.contains("free some space"),
+            "{text}"
+        );
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        assert_eq!(names(disk.0.path()), ["a.bin"]);
+        // What was taken is given back.
+        write_file(&path, |w| w.write_all(&[7; 40 << 10])).unwrap();
+    }
+
+    #[test]
+    fn an_output_folder_appears_on_commit_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("runs/first");
+        let out = OutDir::create(&target).unwrap();
+        write_file(out.path().join("x"), |w| w.write_all(b"1")).unwrap();
+        assert!(!target.exists());
+        let hidden = format!(".first.partial-{}", std::process::id());
+        assert_eq!(names(&dir.path().join("runs")), [hidden]);
+        out.commit().unwrap();
+        assert_eq!(names(&dir.path().join("runs")), ["first"]);
+        assert_eq!(names(&target), ["x"]);
+    }
+
+    #[test]
+    fn an_abandoned_output_folder_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = OutDir::create(dir.path().join("o")).unwrap();
+        fs::create_dir(out.path().join("sub")).unwrap();
+        fs::write(out.path().join("sub/x"), b"1").unwrap();
+        drop(out);
+        assert!(names(dir.path()).is_empty());
+    }
+
+    #[test]
+    fn a_folder_with_content_is_refused_and_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("x"), b"1").unwrap();
+        let error = OutDir::create(dir.path()).unwrap_err().to_string();
+        assert!(
+            error.contains("not empty") && error.contains("--out") && error.contains("--resume"),
+            "{error}"
+        );
+        assert_eq!(names(dir.path()), ["x"]);
+        let error = OutDir::create(dir.path().join("x")).unwrap_err().to_string();
+        assert!(error.contains("is a file"), "{error}");
+    }
+
+    #[test]
+    fn an_empty_folder_is_taken_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("o");
+        fs::create_dir(&target).unwrap();
+        let out = OutDir::create(&target).unwrap();
+        fs::write(out.path().join("x"), b"1").unwrap();
+        out.commit().unwrap();
+        assert_eq!(names(dir.path()), ["o"]);
+        assert_eq!(names(&target), ["x"]);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_to_an_empty_folder_is_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("real")).unwrap();
+        std::os::unix::fs::symlink(dir.path().join("real"), dir.path().join("link")).unwrap();
+        let out = OutDir::create(dir.path().join("link")).unwrap();
+        fs::write(out.path().join("x"), b"1").unwrap();
+        out.commit().unwrap();
+        assert_eq!(names(&dir.path().join("real")), ["x"]);
+        assert_eq!(names(&dir.path().join("link")), ["x"]);
+    }
+
+    #[test]
+    fn a_name_taken_meanwhile_keeps_the_finished_output() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("o");
+        let out = OutDir::create(&target).unwrap();
+        fs::write(out.path().join("x"), b"1").unwrap();
+        fs::create_dir(&target).unwrap();
+        fs::write(target.join("theirs"), b"2").unwrap();
+        let kept = out.path().to_path_buf();
+        let error = out.commit().unwrap_err().to_string();
+        assert!(error.contains(kept.to_str().unwrap()), "{error}");
+        assert_eq!(names(&kept), ["x"]);
+        assert_eq!(names(&target), ["theirs"]);
+    }
+
+    #[test]
+    fn two_runs_into_one_folder_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = OutDir::create(dir.path().join("o")).unwrap();
+        let error = OutDir::create(dir.path().join("o")).unwrap_err().to_string();
+        assert!(error.contains("another run is writing"), "{error}");
+        first.commit().unwrap();
+    }
+
+    #[test]
+    fn a_mount_point_is_refused_before_the_work() {
+        let Some(disk) = Tmpfs::mount("64k") else { return };
+        let error = OutDir::create(disk.0.path()).unwrap_err().to_string();
+        assert!(error.contains("choose a folder inside it"), "{error}");
+        let hidden = format!(".{}.partial-", disk.0.path().file_name().unwrap().to_str().unwrap());
+        let left: Vec<_> =
+            names(disk.0.path().parent().unwrap()).into_iter().filter(|n| n.starts_with(&hidden)).collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+
+    #[test]
+    fn free_space_is_known_for_a_folder_that_does_not_exist_yet() {
+        let dir = tempfile::tempdir().unwrap();
+        let Some(here) = free_space(dir.path()) else {
+            eprintln!("skipped: this system does not tell free space");
+            return;
+        };
+        assert!(here > 0);
+        assert!(free_space(dir.path().join("not/yet")).is_some());
+        if let Some(disk) = Tmpfs::mount("64k") {
+            assert!(free_space(disk.0.path()).unwrap() <= 64 << 10);
+        }
+    }
+}
