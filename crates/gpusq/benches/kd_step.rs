@@ -7,7 +7,7 @@ use std::path::Path;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use gpusq::arch::Config;
-use gpusq::config::Optimizer;
+use gpusq::config;
 use gpusq::distill::{Mix, Targets};
 use gpusq::forward::{Inputs, Tokens};
 use gpusq::model::{Model, Stage};
@@ -15,7 +15,7 @@ use gpusq::params::{Params, Weight};
 use gpusq::sparsity::Pattern;
 use gpusq::tensor::{Tensor, normal};
 use gpusq::train::batch::Batch;
-use gpusq::train::{Fit, Stepper};
+use gpusq::train::{Recipe, Stepper};
 
 const CONFIG: &str = r#"{"model_type":"bert","architectures":["BertForQuestionAnswering"],"vocab_size":30522,
 "hidden_size":384,"num_hidden_layers":6,"num_attention_heads":12,"intermediate_size":1536,
@@ -33,7 +33,16 @@ fn model() -> Model {
         };
         params.insert(name, Weight::Dense(t));
     }
-    Model { spec, params, config, stage: Stage::Dense, attention: None, task: None, fresh: vec![], unused: vec![] }
+    Model {
+        spec,
+        params,
+        config,
+        stage: Stage::Dense,
+        attention: None,
+        task: None,
+        fresh: vec![],
+        unused: vec![],
+    }
 }
 
 fn step(c: &mut Criterion) {
@@ -42,16 +51,17 @@ fn step(c: &mut Criterion) {
     let tokens = Tokens { batch, length, ids, types: vec![0; batch * length], mask: None };
     let targets = Targets::Spans { start: vec![5; batch], end: vec![9; batch] };
     let b = Batch { inputs: Inputs { tokens, target: None }, targets, examples: vec![] };
-    let optimizer = Optimizer { learning_rate: 1e-5, ..Optimizer::default() };
+    let optimizer = config::Fit { learning_rate: 1e-5, ..config::Fit::default() };
     for (name, attention) in [("dense", None), ("attention 2:4", Some(Pattern::TWO_FOUR))] {
         let (teacher, mut student) = (model(), model());
         student.attention = attention;
-        let how = Fit {
+        let how = Recipe {
             optimizer: &optimizer,
             mix: Mix { alpha: 1.0, beta: 10.0, gamma: 1.0, temperature: 2.0, attention_features: false },
             teacher: Some(&teacher),
             scale_learning_rate: 1e-3,
             mask_update_every: 0,
+            stop_loss: None,
             seed: 1,
             checkpoint: None,
             pad: 0,

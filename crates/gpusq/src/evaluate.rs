@@ -3,11 +3,11 @@
 use gpusq_tensor::Tape;
 use gpusq_tensor::ops::masked::MaskGradient;
 
+use crate::Result;
 use crate::forward::{Bound, TapSet, forward};
 use crate::model::Model;
 use crate::task::{Dataset, HeadKind};
 use crate::train::batch::{by_length, collate};
-use crate::Result;
 
 /// Logits of each example of `data`, in the layout [`Dataset::score`] takes. Examples are batched by length,
 /// `batch` at a time; `watch` is told how many are done.

@@ -12,11 +12,11 @@ pub mod forward;
 pub mod model;
 pub mod params;
 pub mod quant;
+pub mod report;
 pub mod sparsity;
 pub mod spec;
 pub mod task;
 pub mod train;
-pub mod report;
 
 pub use error::{Error, Result};
 pub use gpusq_tensor as tensor;

@@ -319,9 +319,7 @@ pub fn write_packed(
     }
     let mut stored = Vec::new();
     for (name, weight) in params.iter() {
-        if let Some(suffix) = [VALUES, META, SCALE].into_iter().find(|s| name.ends_with(s)) {
-            return Err(bad(path, name, format!("names that end in `{suffix}` belong to packed weights")));
-        }
+        check_name(path, name)?;
         let mut add = |suffix, tensor, dtype| {
             stored.push(Stored { name: format!("{name}{suffix}"), tensor, dtype });
         };
@@ -401,7 +399,18 @@ pub fn read_packed_checkpoint(file: &Checkpoint) -> Result<(Params, BTreeMap<Str
     Ok((params, metadata))
 }
 
+/// A weight's own name must not look like a part of another.
+fn check_name(path: &Path, name: &str) -> Result<()> {
+    match [VALUES, META, SCALE].into_iter().find(|suffix| name.ends_with(suffix)) {
+        Some(suffix) => {
+            Err(bad(path, name, format!("names that end in `{suffix}` belong to packed weights")))
+        }
+        None => Ok(()),
+    }
+}
+
 fn insert(params: &mut Params, path: &Path, name: &str, weight: Weight) -> Result<()> {
+    check_name(path, name)?;
     if params.get(name).is_some() {
         return Err(bad(path, name, "is there both packed and dense"));
     }
@@ -483,4 +492,210 @@ pub fn sizes(params: &Params) -> Sizes {
         }
     }
     sizes
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn mask_of(value: &Tensor) -> Tensor {
+        Tensor::from_u8(value.f32().iter().map(|&x| u8::from(x != 0.0)).collect(), value.shape())
+    }
+
+    /// Any 2:4 weight of up to 5 rows and 9 groups (so widths of both kinds) whose elements come from
+    /// `element`, with its mask, which may keep fewer than two of a group, or a zero.
+    fn two_of_four<S: Strategy<Value = f32> + Clone + 'static>(
+        element: S,
+    ) -> impl Strategy<Value = (Tensor, Tensor)> {
+        (1usize..=5, 1usize..=9).prop_flat_map(move |(rows, groups)| {
+            let group = (
+                prop::array::uniform4(element.clone()),
+                prop::sample::select((0u8..16).filter(|m| m.count_ones() <= 2).collect::<Vec<_>>()),
+            );
+            prop::collection::vec(group, rows * groups).prop_map(move |all| {
+                let (mut value, mut mask) = (Vec::new(), Vec::new());
+                for (four, bits) in all {
+                    for i in 0..4 {
+                        let keep = bits >> i & 1;
+                        value.push(four[i]);
+                        mask.push(keep);
+                    }
+                }
+                let shape = [rows, groups * 4];
+                (Tensor::from_f32(value, &shape), Tensor::from_u8(mask, &shape))
+            })
+        })
+    }
+
+    fn pruned(value: &Tensor, mask: &Tensor) -> Vec<f32> {
+        value.f32().iter().zip(mask.u8()).map(|(&x, &m)| if m == 1 { x } else { 0.0 }).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn unpacking_int8_gives_the_codes_back(
+            (codes, mask) in two_of_four((-127i8..=127).prop_map(f32::from)),
+            step in 1e-3f32..10.0,
+        ) {
+            let rows = codes.rows();
+            let scale: Vec<f32> = (0..rows).map(|r| step * (1.0 + r as f32)).collect();
+            let cols = codes.width();
+            let value = codes.f32().iter().enumerate().map(|(i, &c)| c * scale[i / cols]).collect();
+            let value = Tensor::from_f32(value, codes.shape());
+            let scale = Tensor::from_f32(scale, &[rows]);
+            let packed = pack_int8(&value, &mask, &scale, "w").unwrap();
+            prop_assert!(check(&packed).is_ok(), "{:?}", check(&packed));
+            let expected: Vec<i8> = pruned(&value, &mask).iter().enumerate()
+                .map(|(i, &x)| grid::code(x, scale.f32()[i / cols])).collect();
+            prop_assert_eq!(unpack_codes(&packed), expected);
+
+            let dense = unpack_f32(&packed);
+            prop_assert_eq!(dense.shape(), codes.shape());
+            // Packing what was unpacked changes nothing, whichever mask led there.
+            prop_assert_eq!(pack_int8(&dense, &mask_of(&dense), &scale, "w").unwrap(), packed);
+        }
+
+        #[test]
+        fn unpacking_f16_gives_the_values_back(
+            (value, mask) in two_of_four(prop_oneof![Just(0.0f32), Just(-0.0), -6e4f32..6e4, -1e-6f32..1e-6]),
+        ) {
+            let packed = pack_f16(&value, &mask, "w").unwrap();
+            prop_assert!(check(&packed).is_ok(), "{:?}", check(&packed));
+            let expected: Vec<f32> =
+                pruned(&value, &mask).iter().map(|&x| f16::from_f32(x).to_f32()).collect();
+            let dense = unpack_f32(&packed);
+            prop_assert_eq!(dense.f32(), &expected[..]);
+            prop_assert!(dense.f32().iter().all(|x| x.to_bits() != (-0.0f32).to_bits()));
+            prop_assert_eq!(pack_f16(&dense, &mask_of(&dense), "w").unwrap(), packed);
+        }
+
+        #[test]
+        fn any_other_group_is_refused_by_name(
+            (value, mask) in two_of_four(Just(1.0f32)),
+            row in any::<prop::sample::Index>(),
+            group in any::<prop::sample::Index>(),
+            bits in prop::sample::select((0u8..16).filter(|m| m.count_ones() > 2).collect::<Vec<_>>()),
+        ) {
+            let (row, group) = (row.index(value.rows()), group.index(value.width() / 4));
+            let mut mask = mask;
+            let at = row * value.width() + group * 4;
+            for i in 0..4 {
+                mask.u8_mut()[at + i] = bits >> i & 1;
+            }
+            let error = pack_f16(&value, &mask, "encoder.0.attn.q.weight").unwrap_err().to_string();
+            let place = format!("weight `encoder.0.attn.q.weight`: row {row}, group {group}: ");
+            prop_assert!(error.starts_with(&place), "{}", error);
+        }
+    }
+
+    #[test]
+    fn every_pair_of_kept_positions_has_its_nibble() {
+        let expected =
+            [((0, 1), 0x4), ((0, 2), 0x8), ((1, 2), 0x9), ((0, 3), 0xC), ((1, 3), 0xD), ((2, 3), 0xE)];
+        for ((a, b), nibble) in expected {
+            let mut value = vec![0.0; 4];
+            (value[a], value[b]) = (3.0, -5.0);
+            let value = Tensor::from_f32(value, &[1, 4]);
+            let packed = pack_int8(&value, &mask_of(&value), &Tensor::scalar(1.0), "w").unwrap();
+            assert_eq!(packed.meta.u8(), [nibble], "{a}, {b}");
+            assert_eq!(packed.values.i8(), [3, -5]);
+        }
+    }
+
+    #[test]
+    fn groups_with_fewer_nonzeros_name_the_lowest_free_positions() {
+        for (at, nibble, values) in [
+            (None, 0x4, [0, 0]),
+            (Some(0), 0x4, [7, 0]),
+            (Some(1), 0x4, [0, 7]),
+            (Some(2), 0x8, [0, 7]),
+            (Some(3), 0xC, [0, 7]),
+        ] {
+            let mut value = vec![0.0; 4];
+            if let Some(at) = at {
+                value[at] = 7.0;
+            }
+            let value = Tensor::from_f32(value, &[1, 4]);
+            // The mask may keep a zero, or not.
+            for mask in [[1, 0, 0, 1], [0, 1, 1, 0], [0, 0, 1, 1]] {
+                let mut mask = mask;
+                if let Some(at) = at.filter(|&at| mask[at] == 0) {
+                    mask = [0; 4];
+                    mask[at] = 1;
+                }
+                let mask = Tensor::from_u8(mask.to_vec(), &[1, 4]);
+                let packed = pack_int8(&value, &mask, &Tensor::scalar(1.0), "w").unwrap();
+                assert_eq!((packed.meta.u8(), packed.values.i8()), (&[nibble][..], &values[..]), "{at:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn groups_fill_a_byte_from_its_low_half() {
+        let value = Tensor::from_f32(vec![1., 2., 0., 0., 0., 0., 3., 4., 0., 5., 0., 6.], &[1, 12]);
+        let packed = pack_f16(&value, &mask_of(&value), "w").unwrap();
+        assert_eq!(packed.meta.u8(), [0xE4, 0x0D]);
+    }
+
+    #[test]
+    fn what_cannot_be_packed_is_named() {
+        let ok = Tensor::from_f32(vec![1.0, 0.0, 0.0, 2.0], &[1, 4]);
+        let mask = mask_of(&ok);
+        let one = Tensor::scalar(1.0);
+        let says = |r: Result<Packed>, text: &str| {
+            let e = r.unwrap_err().to_string();
+            assert!(e.contains("`w`") && e.contains(text) && !e.contains('\n'), "{e}");
+        };
+        let nan = Tensor::from_f32(vec![f32::NAN, 0.0, 0.0, 2.0], &[1, 4]);
+        says(pack_int8(&nan, &mask, &one, "w"), "row 0, group 0: NaN has no INT8 code");
+        says(pack_f16(&nan, &mask, "w"), "row 0, group 0: NaN is not finite");
+        let big = Tensor::from_f32(vec![0.0, 0.0, 0.0, 7e4], &[1, 4]);
+        says(pack_f16(&big, &mask, "w"), "70000 is not finite in f16");
+        says(pack_f16(&ok, &Tensor::from_u8(vec![2, 0, 0, 0], &[1, 4]), "w"), "the mask holds 2");
+        says(pack_f16(&ok, &Tensor::from_u8(vec![0; 8], &[2, 4]), "w"), "mask of shape [2, 4]");
+        let six = Tensor::zeros(&[1, 6]);
+        says(pack_f16(&six, &mask_of(&six), "w"), "multiple of 4");
+        let flat = Tensor::zeros(&[4]);
+        says(pack_f16(&flat, &mask_of(&flat), "w"), "is not [out, in]");
+        for step in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+            says(pack_int8(&ok, &mask, &Tensor::scalar(step), "w"), "row 0: scale");
+        }
+        says(pack_int8(&ok, &mask, &Tensor::zeros(&[2]), "w"), "scales of shape [2] for 1 rows");
+        // A dropped element is nobody's concern.
+        let dropped = Tensor::from_f32(vec![1.0, f32::NAN, 0.0, 2.0], &[1, 4]);
+        pack_f16(&dropped, &mask, "w").unwrap();
+    }
+
+    #[test]
+    fn sizes_are_exact() {
+        let value = Tensor::from_f32([1.0, 0.0, 0.0, 2.0].repeat(48 * 6), &[48, 24]);
+        let scale = Tensor::full(&[48], 0.1);
+        let mut int8 = Params::new();
+        int8.insert("w", Weight::Packed(pack_int8(&value, &mask_of(&value), &scale, "w").unwrap()));
+        int8.insert("w.input_scale", Weight::Dense(Tensor::scalar(0.5)));
+        int8.insert("norm.weight", Weight::Dense(Tensor::zeros(&[24])));
+        int8.insert("embed", Weight::Dense(Tensor::zeros(&[10, 24])));
+        let counted = sizes(&int8);
+        let expected = Sizes {
+            packed_bits: 48 * 24 * 5,
+            dense_fp16_bits: 48 * 24 * 16,
+            scale_bits: 49 * 32,
+            rest_bits: 24 * 32 + 240 * 16,
+        };
+        assert_eq!(counted, expected);
+        assert_eq!(counted.ratio(), 0.3125);
+
+        let mut half = Params::new();
+        half.insert("w", Weight::Packed(pack_f16(&value, &mask_of(&value), "w").unwrap()));
+        assert_eq!(sizes(&half).ratio(), 0.5625);
+        assert_eq!(sizes(&half).scale_bits, 0);
+
+        // A width of 4 modulo 8 pays half a byte a row.
+        let value = value.reshape(&[96, 12]);
+        let mut odd = Params::new();
+        odd.insert("w", Weight::Packed(pack_f16(&value, &mask_of(&value), "w").unwrap()));
+        assert_eq!(sizes(&odd).packed_bits, 96 * 12 * 9 + 96 * 4);
+    }
 }

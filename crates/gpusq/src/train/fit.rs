@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::batch::{Batch, collate, shuffled};
 use super::state::{SCALE, State};
 use crate::arch::{self, Layout};
-use crate::config::{Optimizer, Schedule};
+use crate::config::{self, Schedule};
 use crate::distill::{Mix, Terms, loss};
 use crate::forward::{Bound, forward};
 use crate::model::Model;
@@ -22,9 +22,9 @@ use crate::task::Dataset;
 use crate::{Error, Result};
 
 /// What a training stage does, besides the optimiser's settings.
-pub struct Fit<'a> {
+pub struct Recipe<'a> {
     /// Optimiser, schedule, batch size and budget.
-    pub optimizer: &'a Optimizer,
+    pub optimizer: &'a config::Fit,
     /// Weights of the loss terms.
     pub mix: Mix,
     /// The model whose outputs are imitated; `None` trains on labels alone.
@@ -33,6 +33,8 @@ pub struct Fit<'a> {
     pub scale_learning_rate: f64,
     /// Steps between new masks from the current magnitudes; 0 keeps the masks.
     pub mask_update_every: usize,
+    /// Running loss at which training ends early (delta_prune, delta_calibrate).
+    pub stop_loss: Option<f64>,
     /// Seed of batch order and dropout.
     pub seed: u64,
     /// Where the state is kept, and the steps between saves (0: never).
@@ -94,13 +96,11 @@ pub struct Report {
     pub seconds: f64,
 }
 
-/// Points of the loss curve that a stage records at most.
-const CURVE_POINTS: usize = 400;
 /// Decay of the running loss.
 const RUNNING: f64 = 0.98;
 
 /// Learning rate at step `step` (from 0) of `steps`.
-fn learning_rate(o: &Optimizer, step: usize, steps: usize) -> f64 {
+fn learning_rate(o: &config::Fit, step: usize, steps: usize) -> f64 {
     let warm = (o.warmup * steps as f64).round();
     if (step as f64) < warm {
         return o.learning_rate * (step + 1) as f64 / warm;
@@ -115,15 +115,15 @@ fn learning_rate(o: &Optimizer, step: usize, steps: usize) -> f64 {
 }
 
 /// Steps a run over `examples` takes.
-pub fn total_steps(o: &Optimizer, examples: usize) -> usize {
+pub fn total_steps(o: &config::Fit, examples: usize) -> usize {
     let per_epoch = examples.div_ceil(o.batch_size);
-    let steps = (per_epoch as f64 * o.epochs).ceil() as usize;
+    let steps = per_epoch * o.epochs;
     o.max_steps.map_or(steps, |m| steps.min(m)).max(1)
 }
 
 /// One optimiser step, with everything about it that does not change from step to step.
 pub struct Stepper<'a> {
-    how: &'a Fit<'a>,
+    how: &'a Recipe<'a>,
     /// The student's specification with the run's dropout.
     spec: TransformerSpec,
     /// Weights that are constants of the checkpoint.
@@ -135,7 +135,7 @@ pub struct Stepper<'a> {
 
 impl<'a> Stepper<'a> {
     /// Prepares to train `student` as `how` says.
-    pub fn new(student: &Model, how: &'a Fit<'a>) -> Result<Self> {
+    pub fn new(student: &Model, how: &'a Recipe<'a>) -> Result<Self> {
         let mut spec = student.spec.clone();
         if let Some(p) = how.optimizer.dropout {
             for s in spec.encoder.iter_mut().chain(spec.decoder.iter_mut()) {
@@ -194,7 +194,7 @@ impl<'a> Stepper<'a> {
 
         let weights = gradients.iter().filter(|(n, _)| !is_scale(n));
         let norm = weights.map(|(_, (g, _))| square_sum(g)).sum::<f64>().sqrt();
-        let clip = if o.max_grad_norm > 0.0 && norm > o.max_grad_norm { o.max_grad_norm / norm } else { 1.0 };
+        let clip = o.max_grad_norm.filter(|max| norm > *max).map_or(1.0, |max| max / norm);
         let adam = AdamW {
             learning_rate: lr as f32,
             beta1: o.beta1 as f32,
@@ -240,14 +240,13 @@ impl<'a> Stepper<'a> {
 pub fn fit(
     student: &mut Model,
     data: &Dataset,
-    how: &Fit,
+    how: &Recipe,
     mut state: State,
     watch: &mut dyn FnMut(Event),
 ) -> Result<Report> {
     let o = how.optimizer;
     let steps = total_steps(o, data.examples.len());
     let per_epoch = data.examples.len().div_ceil(o.batch_size);
-    let record_every = steps.div_ceil(CURVE_POINTS);
     let stepper = Stepper::new(student, how)?;
     let mut order: (usize, Vec<Vec<usize>>) = (usize::MAX, Vec::new());
     let mut started = Instant::now();
@@ -268,7 +267,7 @@ pub fn fit(
         p.running.0 = RUNNING * p.running.0 + (1.0 - RUNNING) * terms.total as f64;
         p.running.1 = RUNNING * p.running.1 + (1.0 - RUNNING);
         p.recent.push(terms);
-        if p.step % record_every == 0 || p.step == steps {
+        if p.step % o.log_every == 0 || p.step == steps {
             p.curve.push(Point { step: p.step, terms: mean(&p.recent), learning_rate: lr });
             p.recent.clear();
         }
@@ -276,7 +275,7 @@ pub fn fit(
         let real = tokens.mask.as_ref().map_or(tokens.ids.len(), |m| m.iter().filter(|&&m| m).count());
         watch(Event::Step { step: p.step, steps, terms, learning_rate: lr, tokens: real });
         let running = p.running.0 / p.running.1;
-        if o.stop_loss.is_some_and(|limit| running < limit) {
+        if how.stop_loss.is_some_and(|limit| running < limit) {
             p.stopped = true;
             watch(Event::Stopped { step: p.step, running });
         }
@@ -319,15 +318,19 @@ mod tests {
 
     #[test]
     fn schedules_warm_up_and_end_low() {
-        let o =
-            Optimizer { learning_rate: 1.0, warmup: 0.1, schedule: Schedule::Linear, ..Optimizer::default() };
+        let o = config::Fit {
+            learning_rate: 1.0,
+            warmup: 0.1,
+            schedule: Schedule::Linear,
+            ..config::Fit::default()
+        };
         let rates: Vec<f64> = (0..100).map(|s| learning_rate(&o, s, 100)).collect();
         assert!((rates[0] - 0.1).abs() < 1e-12 && (rates[9] - 1.0).abs() < 1e-12);
         assert!((rates[10] - 1.0).abs() < 1e-12 && rates[99] > 0.0 && rates[99] < 0.02);
         assert!(rates[10..].windows(2).all(|w| w[1] < w[0]));
-        let flat = Optimizer { schedule: Schedule::Constant, ..o.clone() };
+        let flat = config::Fit { schedule: Schedule::Constant, ..o.clone() };
         assert_eq!(learning_rate(&flat, 99, 100), 1.0);
-        let cosine = Optimizer { schedule: Schedule::Cosine, ..o };
+        let cosine = config::Fit { schedule: Schedule::Cosine, ..o };
         assert!((learning_rate(&cosine, 55, 100) - 0.5).abs() < 1e-9);
     }
 }

@@ -4,5 +4,5 @@ pub mod batch;
 mod fit;
 mod state;
 
-pub use fit::{Event, Fit, Point, Report, Stepper, fit, total_steps};
+pub use fit::{Event, Point, Recipe, Report, Stepper, fit, total_steps};
 pub use state::State;
