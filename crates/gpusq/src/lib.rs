@@ -5,6 +5,7 @@ mod error;
 pub mod evaluate;
 
 pub mod arch;
+pub mod compress;
 pub mod config;
 pub mod distill;
 pub mod format;

@@ -1,0 +1,506 @@
+//! The pipeline: dense -> prune + fit -> quantise + fit -> pack, each stage a folder that can be resumed,
+//! repeated and inspected alone (paper, figure 3 and algorithm 1).
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use gpusq_tensor::Tape;
+use gpusq_tensor::ops::masked::MaskGradient;
+
+use crate::config::{self, Config, Site};
+use crate::distill::Mix;
+use crate::evaluate::predict;
+use crate::format::atomic::write_file;
+use crate::format::packed::round_dense;
+use crate::forward::{Bound, Inputs, TapSet, forward};
+use crate::model::{MANIFEST_FILE, Model, PACKED_FILE, STATE_DIR, Stage, apply, compressible};
+use crate::params::Weight;
+use crate::quant::{self, Calibration, Method};
+use crate::report::{self, RunRecord};
+use crate::sparsity::{self, InputStats, weight_mask};
+use crate::spec::{Head, Role};
+use crate::task::{Dataset, Scores, Task, Tokenizer};
+use crate::train::batch::{collate, shuffled};
+use crate::train::{self, Recipe, State, fit, total_steps};
+use crate::{Error, Result};
+
+/// What a run works with.
+pub struct Run<'a> {
+    /// Settings.
+    pub config: &'a Config,
+    /// The task, for names.
+    pub task: &'static Task,
+    /// Examples to train on.
+    pub train: &'a Dataset,
+    /// Examples to score on.
+    pub dev: &'a Dataset,
+    /// Of the model.
+    pub tokenizer: &'a Tokenizer,
+    /// Folder whose tokenizer files are copied beside each model.
+    pub tokenizer_dir: Option<&'a Path>,
+    /// Folder to write.
+    pub out: &'a Path,
+    /// Continue what `out` holds.
+    pub resume: bool,
+    /// The command line, for the report.
+    pub command: String,
+}
+
+/// What a run tells whoever watches.
+pub enum Event<'a> {
+    /// A training stage begins.
+    Stage {
+        /// Its name.
+        name: &'a str,
+        /// Steps it will take.
+        steps: usize,
+        /// Steps done before it was interrupted.
+        done: usize,
+    },
+    /// Training goes on.
+    Train(train::Event),
+    /// A model was scored on the evaluation split.
+    Scored {
+        /// Which.
+        name: &'a str,
+        /// On what it scored.
+        scores: &'a Scores,
+    },
+    /// Something the user should know.
+    Note(&'a str),
+}
+
+/// Receives [`Event`]s.
+pub type Watch<'w> = dyn FnMut(Event) + 'w;
+
+/// File of the resolved configuration in an output folder.
+pub const CONFIG_FILE: &str = "gpusq.toml";
+const STATE_FILE: &str = "train.safetensors";
+/// Batch size of evaluation: large enough to fill the machine, small enough for its memory.
+const EVAL_BATCH: usize = 32;
+
+/// Why and which linear maps stay dense.
+pub fn left_dense(model: &Model) -> Vec<(String, String)> {
+    model.spec.linears().iter().filter_map(|l| Some((l.name.clone(), compressible(l)?))).collect()
+}
+
+/// Gives every compressible weight of a dense model its mask: pruning without training. `samples` are
+/// needed by criteria that look at inputs.
+///
+/// # Errors
+/// A model that is not dense, an unknown criterion.
+pub fn prune_weights(model: &mut Model, settings: &config::Prune, samples: &[Inputs]) -> Result<()> {
+    if model.stage != Stage::Dense {
+        return Err(Error::Mismatch(format!("the model is {} already; pruning starts from a dense one", model.stage.title())));
+    }
+    let entry = sparsity::criterion(settings.criterion)?;
+    let criterion = (entry.build)();
+    untie(model);
+    let mut stats: BTreeMap<String, InputStats> = BTreeMap::new();
+    if entry.needs_inputs {
+        let tape = Tape::inference();
+        let bound = Bound::new(&tape, &model.params, MaskGradient::Kept);
+        let want = TapSet { linears: true, ..TapSet::default() };
+        for inputs in samples {
+            for (name, v) in forward(&tape, &model.spec, &bound, None, inputs, want).taps {
+                stats.entry(name).or_insert_with(|| InputStats::new(v.value().width())).add(v.value());
+            }
+        }
+    }
+    for l in model.spec.linears().iter().filter(|l| compressible(l).is_none()) {
+        let name = format!("{}.weight", l.name);
+        let value = model.params.dense(&name).clone();
+        let mask = weight_mask(criterion.as_ref(), &value, stats.get(&l.input), settings.pattern);
+        // Where masks may change, dropped values must be there to come back.
+        let value = if settings.mask_update_every > 0 { value } else { apply(&value, &mask) };
+        model.params.insert(name, Weight::Masked { value, mask });
+    }
+    model.stage = Stage::Pruned;
+    model.attention = settings.attention;
+    Ok(())
+}
+
+/// Gives a tied language-model head a weight of its own; the embedding stays as it is.
+fn untie(model: &mut Model) {
+    if let Head::LanguageModel { tied: tied @ true, .. } = &mut model.spec.head {
+        *tied = false;
+        let word = model.params.dense("embed.word").clone();
+        model.params.insert("head.out.weight", Weight::Dense(word));
+        model.config.json["tie_word_embeddings"] = false.into();
+    }
+}
+
+/// The settings of `settings` as the quantiser takes them.
+pub fn calibration(settings: &config::Quantize) -> Calibration {
+    let method = |c| match c {
+        config::Calibration::Absmax => Method::AbsMax,
+        config::Calibration::Percentile => Method::Percentile(settings.percentile as f32),
+        config::Calibration::Mse => Method::Mse,
+    };
+    let role = |s: &Site| match s {
+        Site::Q => Role::Query,
+        Site::K => Role::Key,
+        Site::V => Role::Value,
+        Site::AttnOut => Role::AttentionOut,
+        Site::FfnIn => Role::FeedForwardIn,
+        Site::FfnOut => Role::FeedForwardOut,
+    };
+    Calibration {
+        weights: method(settings.weights),
+        activations: method(settings.calibration),
+        outputs: settings.outputs.iter().map(role).collect(),
+    }
+}
+
+/// The loss mix of `d`; labels only where distillation is off.
+fn mix(d: &config::Distill) -> Mix {
+    if !d.enabled {
+        return Mix::HARD;
+    }
+    Mix {
+        alpha: d.alpha as f32,
+        beta: d.beta as f32,
+        gamma: d.gamma as f32,
+        temperature: d.temperature as f32,
+        attention_features: d.attention_features,
+    }
+}
+
+/// A finished training stage.
+pub struct Trained {
+    /// The model.
+    pub model: Model,
+    /// Its scores on the evaluation split.
+    pub scores: Scores,
+    /// Seconds of training and scoring.
+    pub seconds: f64,
+    /// Its loss curve; empty if it was finished before this run.
+    pub curve: Vec<train::Point>,
+    /// Relative quantisation error of each weight as calibrated.
+    pub errors: Vec<quant::LayerError>,
+}
+
+impl Run<'_> {
+    fn pad(&self) -> u32 {
+        self.tokenizer.pad_id()
+    }
+
+    /// The first training examples of a seeded shuffle, for calibration and input-aware criteria.
+    fn samples(&self) -> Vec<Inputs> {
+        let wanted = self.config.quantize.calibration_examples.min(self.train.examples.len());
+        let batches = shuffled(&self.train.examples, EVAL_BATCH.min(wanted.max(1)), self.config.seed ^ 0xCA1B, 0);
+        let mut out = Vec::new();
+        let mut n = 0;
+        for which in batches {
+            if n >= wanted {
+                break;
+            }
+            n += which.len();
+            out.push(collate(&self.train.examples, &which, self.train.head, self.pad()).inputs);
+        }
+        out
+    }
+
+    /// Scores a model of any stage.
+    ///
+    /// # Errors
+    /// What the engine says of a packed model it cannot run.
+    pub fn score(&self, model: &Model, name: &str, watch: &mut Watch) -> Result<(Scores, f64)> {
+        let start = Instant::now();
+        let outputs = predict(model, self.dev, EVAL_BATCH, self.pad(), &mut |_| {})?;
+        let scores = self.dev.score(&outputs);
+        watch(Event::Scored { name, scores: &scores });
+        Ok((scores, start.elapsed().as_secs_f64()))
+    }
+
+    /// Makes the output folder, or checks that it may be continued, and stores the configuration in it.
+    ///
+    /// # Errors
+    /// A folder with content without `resume`; with it, one that holds another configuration.
+    pub fn open(&self) -> Result<()> {
+        let file = self.out.join(CONFIG_FILE);
+        let text = self.config.to_toml();
+        let used = self.out.exists() && std::fs::read_dir(self.out).map_err(Error::io(self.out))?.next().is_some();
+        if used && !self.resume {
+            let message = "already exists and is not empty; choose another --out, continue it with --resume, or remove it";
+            return Err(Error::file(self.out, message));
+        }
+        if used {
+            let before = std::fs::read_to_string(&file).map_err(Error::io(&file))?;
+            if let Some((was, is)) = before.lines().zip(text.lines()).find(|(a, b)| a != b) {
+                let message = format!("the run to resume has `{was}`, this one `{is}`; resume with the same settings");
+                return Err(Error::file(file, message));
+            }
+            return Ok(());
+        }
+        std::fs::create_dir_all(self.out).map_err(Error::io(self.out))?;
+        write_file(&file, |w| w.write_all(text.as_bytes()))
+    }
+
+    /// Runs one training stage in the folder `dir`: from its saved state if there is one, or not at all if
+    /// it is finished.
+    fn stage(
+        &self,
+        name: &str,
+        dir: &Path,
+        start: &mut dyn FnMut() -> Result<(Model, Vec<quant::LayerError>)>,
+        recipe: Recipe,
+        watch: &mut Watch,
+    ) -> Result<Trained> {
+        let clock = Instant::now();
+        let state_dir = dir.join(STATE_DIR);
+        if dir.join(MANIFEST_FILE).exists() {
+            watch(Event::Note(&format!("{name}: finished before, read from {}", dir.display())));
+            let model = Model::load(dir)?;
+            let (scores, seconds) = self.score(&model, name, watch)?;
+            let curve = read_curve(&dir.join("curve.json"))?;
+            return Ok(Trained { model, scores, seconds, curve, errors: Vec::new() });
+        }
+        std::fs::create_dir_all(&state_dir).map_err(Error::io(&state_dir))?;
+        let (mut model, errors) = start()?;
+        let file = state_dir.join(STATE_FILE);
+        let state = if file.exists() { State::load(&file, &mut model.params)? } else { State::default() };
+        let steps = total_steps(recipe.optimizer, self.train.examples.len());
+        watch(Event::Stage { name, steps, done: state.progress.step });
+        let recipe = Recipe { checkpoint: Some((file, recipe.optimizer.checkpoint_every)), ..recipe };
+        let report = fit(&mut model, self.train, &recipe, state, &mut |e| watch(Event::Train(e)))?;
+        if model.stage == Stage::Quantized {
+            // The packed model keeps large dense weights in f16; rounding them here makes its scores this
+            // stage's own.
+            round_dense(&mut model.params)?;
+        }
+        model.task = Some(self.task.name.into());
+        model.fresh.clear();
+        let (scores, _) = self.score(&model, name, watch)?;
+        crate::model::write_json(&dir.join("curve.json"), &report.curve)?;
+        model.save(dir, self.tokenizer_dir)?;
+        std::fs::remove_dir_all(&state_dir).map_err(Error::io(&state_dir))?;
+        // What a later stage sees is what is on disk, so that a resumed run sees the same.
+        let model = Model::load(dir)?;
+        let seconds = report.seconds.max(clock.elapsed().as_secs_f64());
+        Ok(Trained { model, scores, seconds, curve: report.curve, errors })
+    }
+
+    /// Dense fine-tuning into `dir`: labels only.
+    ///
+    /// # Errors
+    /// What training or saving meets; the stage can be resumed then.
+    pub fn finetune(&self, model: &Model, dir: &Path, watch: &mut Watch) -> Result<Trained> {
+        let recipe = self.recipe(&self.config.train.fit, Mix::HARD, None);
+        self.stage("dense", dir, &mut || Ok((model.clone(), Vec::new())), recipe, watch)
+    }
+
+    /// The pruning stage into `dir`: masks, then training under the dense teacher (equation 6).
+    ///
+    /// # Errors
+    /// What training or saving meets; the stage can be resumed then.
+    pub fn prune(&self, dense: &Model, dir: &Path, watch: &mut Watch) -> Result<Trained> {
+        let p = &self.config.prune;
+        let d = &self.config.distill;
+        let recipe = Recipe {
+            mask_update_every: p.mask_update_every,
+            stop_loss: p.stop_loss,
+            ..self.recipe(&p.fit, mix(d), d.enabled.then_some(dense))
+        };
+        let start = &mut || {
+            let mut model = dense.clone();
+            prune_weights(&mut model, p, &self.samples())?;
+            Ok((model, Vec::new()))
+        };
+        self.stage("2:4", dir, start, recipe, watch)
+    }
+
+    /// The quantisation stage into `dir`: calibration, then training under the pruned teacher (equation 7).
+    ///
+    /// # Errors
+    /// A model that is not pruned; what training or saving meets; the stage can be resumed then.
+    pub fn quantize(&self, pruned: &Model, dir: &Path, watch: &mut Watch) -> Result<Trained> {
+        if pruned.stage != Stage::Pruned {
+            let message = format!("the model is {}; quantisation starts from a pruned one", pruned.stage.title());
+            return Err(Error::Mismatch(message));
+        }
+        let q = &self.config.quantize;
+        let d = &self.config.distill;
+        let recipe = Recipe {
+            scale_learning_rate: q.scale_learning_rate,
+            stop_loss: q.stop_loss,
+            ..self.recipe(&q.fit, mix(d), d.enabled.then_some(pruned))
+        };
+        let start = &mut || {
+            let mut model = pruned.clone();
+            let errors = quant::calibrate(&mut model, &self.samples(), &calibration(q));
+            Ok((model, errors))
+        };
+        self.stage("2:4 INT8", dir, start, recipe, watch)
+    }
+
+    fn recipe<'a>(&self, optimizer: &'a config::Fit, mix: Mix, teacher: Option<&'a Model>) -> Recipe<'a> {
+        Recipe {
+            optimizer,
+            mix,
+            teacher,
+            scale_learning_rate: 0.0,
+            mask_update_every: 0,
+            stop_loss: None,
+            seed: self.config.seed,
+            checkpoint: None,
+            pad: self.pad(),
+        }
+    }
+
+    /// Writes the engine's form of `model` into `dir` and scores it from there.
+    ///
+    /// # Errors
+    /// A model that is neither pruned nor quantised; what saving or the engine meets.
+    pub fn pack(&self, model: &Model, dir: &Path, watch: &mut Watch) -> Result<(Model, Scores, f64)> {
+        if !dir.join(MANIFEST_FILE).exists() {
+            std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
+            model.packed()?.save(dir, self.tokenizer_dir)?;
+        }
+        let packed = Model::load(dir)?;
+        let (scores, seconds) = self.score(&packed, packed.stage.title(), watch)?;
+        Ok((packed, scores, seconds))
+    }
+
+    /// All stages of compression of the dense model into `out`, with report. `dense_scores` are the dense
+    /// model's, if they are known already.
+    ///
+    /// # Errors
+    /// What any stage meets; the run can be resumed then.
+    pub fn compress(&self, dense: &Model, watch: &mut Watch) -> Result<RunRecord> {
+        let mut record = self.record(dense);
+        let clock = Instant::now();
+        let (scores, seconds) = self.score(dense, "dense", watch)?;
+        record.stages.push(self.scored("dense", &scores, seconds));
+
+        let pruned = self.prune(dense, &self.out.join("pruned"), watch)?;
+        let (_, scores, seconds) = self.pack(&pruned.model, &self.out.join("packed-fp16"), watch)?;
+        record.stages.push(self.scored("2:4 FP16", &scores, pruned.seconds + seconds));
+        record.curves.push(curve("prune", &pruned.curve));
+
+        let quantized = self.quantize(&pruned.model, &self.out.join("quantized"), watch)?;
+        let (packed, scores, seconds) = self.pack(&quantized.model, &self.out.join("packed"), watch)?;
+        if scores != quantized.scores {
+            let note = format!("the packed model scores {scores}, the fake-quantised one {}", quantized.scores);
+            watch(Event::Note(&note));
+            record.notes.push(note);
+        }
+        record.stages.push(self.scored("2:4 INT8", &scores, quantized.seconds + seconds));
+        record.curves.push(curve("quantise", &quantized.curve));
+
+        record.layers = layers(&quantized.model);
+        let file = self.out.join("packed").join(PACKED_FILE);
+        record.sizes = Some(sizes(&packed, &file)?);
+        record.wall_seconds = clock.elapsed().as_secs_f64();
+        report::write(&record, self.out)?;
+        Ok(record)
+    }
+
+    /// A record with what is known before the first stage.
+    pub fn record(&self, model: &Model) -> RunRecord {
+        let stack = model.spec.last_stack();
+        let attention = self.config.prune.attention;
+        RunRecord {
+            title: format!(
+                "{} {} x {}",
+                model.config.json["model_type"].as_str().unwrap_or("model"),
+                stack.layers,
+                stack.hidden
+            ),
+            task: self.task.name.into(),
+            main_metric: self.task.metrics[0].into(),
+            variant: match attention {
+                Some(p) => format!("GEMM-MHA, attention {p}"),
+                None => "GEMM".into(),
+            },
+            started: humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string(),
+            machine: report::Machine::current(rayon::current_num_threads()),
+            version: env!("CARGO_PKG_VERSION").into(),
+            command: self.command.clone(),
+            config: self.config.to_toml(),
+            notes: self.train.notes.iter().chain(&self.dev.notes).cloned().collect(),
+            ..RunRecord::default()
+        }
+    }
+
+    fn scored(&self, name: &str, scores: &Scores, seconds: f64) -> report::Stage {
+        report::Stage {
+            name: name.into(),
+            scores: scores.0.clone(),
+            wall_seconds: seconds,
+            examples: self.dev.examples.len(),
+        }
+    }
+}
+
+/// The report's form of a loss curve.
+pub fn curve(stage: &str, points: &[train::Point]) -> report::Curve {
+    let point = |p: &train::Point| report::Point {
+        step: p.step as u64,
+        loss: p.terms.total as f64,
+        hard: p.terms.hard as f64,
+        soft: p.terms.soft as f64,
+        feature: p.terms.feature as f64,
+        lr: p.learning_rate,
+    };
+    report::Curve { stage: stage.into(), points: points.iter().map(point).collect() }
+}
+
+fn read_curve(path: &Path) -> Result<Vec<train::Point>> {
+    if !path.exists() {
+        return Ok(Vec::new());
+    }
+    let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+    serde_json::from_str(&text).map_err(|e| Error::line(path, e.line(), e.to_string()))
+}
+
+/// One row for each linear map: sparsity, quantisation error, step size.
+pub fn layers(model: &Model) -> Vec<report::LayerRow> {
+    let row = |l: crate::spec::Linear| {
+        let weight = model.params.get(&format!("{}.weight", l.name));
+        let scale = match model.params.get(&l.input_scale()) {
+            Some(Weight::Dense(t)) => t.item() as f64,
+            _ => f64::NAN,
+        };
+        let (kept, error) = match weight {
+            Some(Weight::Fake { value, mask, scale }) => {
+                let kept = mask.u8().iter().filter(|&&m| m != 0).count() as f64 / mask.len() as f64;
+                (kept, quant::relative_error(&apply(value, mask), scale))
+            }
+            Some(Weight::Masked { mask, .. }) => {
+                (mask.u8().iter().filter(|&&m| m != 0).count() as f64 / mask.len() as f64, f64::NAN)
+            }
+            Some(Weight::Packed(_)) => (0.5, f64::NAN),
+            _ => (1.0, f64::NAN),
+        };
+        report::LayerRow {
+            kept,
+            weight_error: error,
+            activation_scale: scale,
+            left_dense: compressible(&l),
+            name: l.name,
+            rows: l.rows,
+            cols: l.cols,
+        }
+    };
+    model.spec.linears().into_iter().map(row).collect()
+}
+
+/// Sizes of a packed model and its file.
+pub fn sizes(packed: &Model, file: &Path) -> Result<report::Sizes> {
+    let s = crate::format::packed::sizes(&packed.params);
+    let bytes = std::fs::metadata(file).map_err(Error::io(file))?.len();
+    Ok(report::Sizes {
+        dense_fp16_bits: s.dense_fp16_bits,
+        packed_bits: s.packed_bits,
+        scale_bits: s.scale_bits,
+        rest_bits: s.rest_bits,
+        file_bytes: bytes,
+    })
+}
+
+/// Where a run keeps the folders of its stages.
+pub fn stage_dirs(out: &Path) -> [PathBuf; 4] {
+    ["pruned", "packed-fp16", "quantized", "packed"].map(|n| out.join(n))
+}
