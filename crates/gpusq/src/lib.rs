@@ -3,6 +3,10 @@
 
 mod error;
 pub mod params;
+/// What a model can be trained on and scored by.
+pub mod task {
+    pub mod synthetic;
+}
 
 pub use error::{Error, Result};
 pub use gpusq_tensor as tensor;
