@@ -3,6 +3,7 @@
 
 mod error;
 pub mod params;
+pub mod sparsity;
 /// What a model can be trained on and scored by.
 pub mod task {
     pub mod synthetic;
