@@ -1,6 +1,7 @@
 //! Compress transformer language models to 2:4 sparse INT8 (GPUSQ-TLM) and run the result.
 #![forbid(unsafe_code)]
 
+pub mod config;
 mod error;
 pub mod params;
 pub mod sparsity;
