@@ -92,7 +92,10 @@ pub fn left_dense(model: &Model) -> Vec<(String, String)> {
 /// A model that is not dense, an unknown criterion.
 pub fn prune_weights(model: &mut Model, settings: &config::Prune, samples: &[Inputs]) -> Result<()> {
     if model.stage != Stage::Dense {
-        return Err(Error::Mismatch(format!("the model is {} already; pruning starts from a dense one", model.stage.title())));
+        return Err(Error::Mismatch(format!(
+            "the model is {} already; pruning starts from a dense one",
+            model.stage.title()
+        )));
     }
     let entry = sparsity::criterion(settings.criterion)?;
     let criterion = (entry.build)();
@@ -189,7 +192,8 @@ impl Run<'_> {
     /// The first training examples of a seeded shuffle, for calibration and input-aware criteria.
     fn samples(&self) -> Vec<Inputs> {
         let wanted = self.config.quantize.calibration_examples.min(self.train.examples.len());
-        let batches = shuffled(&self.train.examples, EVAL_BATCH.min(wanted.max(1)), self.config.seed ^ 0xCA1B, 0);
+        let batches =
+            shuffled(&self.train.examples, EVAL_BATCH.min(wanted.max(1)), self.config.seed ^ 0xCA1B, 0);
         let mut out = Vec::new();
         let mut n = 0;
         for which in batches {
@@ -221,7 +225,8 @@ impl Run<'_> {
     pub fn open(&self) -> Result<()> {
         let file = self.out.join(CONFIG_FILE);
         let text = self.config.to_toml();
-        let used = self.out.exists() && std::fs::read_dir(self.out).map_err(Error::io(self.out))?.next().is_some();
+        let used =
+            self.out.exists() && std::fs::read_dir(self.out).map_err(Error::io(self.out))?.next().is_some();
         if used && !self.resume {
             let message = "already exists and is not empty; choose another --out, continue it with --resume, or remove it";
             return Err(Error::file(self.out, message));
@@ -229,7 +234,8 @@ impl Run<'_> {
         if used {
             let before = std::fs::read_to_string(&file).map_err(Error::io(&file))?;
             if let Some((was, is)) = before.lines().zip(text.lines()).find(|(a, b)| a != b) {
-                let message = format!("the run to resume has `{was}`, this one `{is}`; resume with the same settings");
+                let message =
+                    format!("the run to resume has `{was}`, this one `{is}`; resume with the same settings");
                 return Err(Error::file(file, message));
             }
             return Ok(());
@@ -317,7 +323,8 @@ impl Run<'_> {
     /// A model that is not pruned; what training or saving meets; the stage can be resumed then.
     pub fn quantize(&self, pruned: &Model, dir: &Path, watch: &mut Watch) -> Result<Trained> {
         if pruned.stage != Stage::Pruned {
-            let message = format!("the model is {}; quantisation starts from a pruned one", pruned.stage.title());
+            let message =
+                format!("the model is {}; quantisation starts from a pruned one", pruned.stage.title());
             return Err(Error::Mismatch(message));
         }
         let q = &self.config.quantize;
@@ -382,7 +389,8 @@ impl Run<'_> {
         let quantized = self.quantize(&pruned.model, &self.out.join("quantized"), watch)?;
         let (packed, scores, seconds) = self.pack(&quantized.model, &self.out.join("packed"), watch)?;
         if scores != quantized.scores {
-            let note = format!("the packed model scores {scores}, the fake-quantised one {}", quantized.scores);
+            let note =
+                format!("the packed model scores {scores}, the fake-quantised one {}", quantized.scores);
             watch(Event::Note(&note));
             record.notes.push(note);
         }

@@ -1,17 +1,17 @@
 //! Compress transformer language models to 2:4 sparse INT8 (GPUSQ-TLM) and run the result.
 #![forbid(unsafe_code)]
 
-mod error;
-pub mod evaluate;
-
 pub mod arch;
 pub mod compress;
 pub mod config;
 pub mod distill;
+mod error;
+pub mod evaluate;
 pub mod format;
 pub mod forward;
 pub mod model;
 pub mod params;
+pub mod preflight;
 pub mod quant;
 pub mod report;
 pub mod sparsity;

@@ -13,8 +13,8 @@ pub struct Preset {
 /// Three stages with the same optimiser settings, as the paper's table 6 gives one row for all of a
 /// model's training. Its batch sizes are per GPU; `batch_size` counts the examples of a step over all
 /// GPUs, so it is their product. The table says "linear with warm-up" but not how long: a tenth of the
-/// steps is what NVIDIA's BERT scripts, which the paper follows, use. Its "Adam" is theirs, with decoupled
-/// weight decay.
+/// steps is the usual choice, and not the paper's word. Its "Adam" is taken with decoupled weight decay, as
+/// BERT is trained.
 macro_rules! table_6 {
     ($name:literal, $for:literal, length $length:literal, rate $rate:literal, epochs $epochs:literal,
      batch $batch:literal = $per_gpu:literal x $gpus:literal) => {

@@ -6,6 +6,7 @@
 
 pub mod glue;
 pub mod squad;
+pub mod synthetic;
 pub mod tokenize;
 
 use std::fmt;

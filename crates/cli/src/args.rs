@@ -1,0 +1,232 @@
+//! The command line: every command's flags, and what they mean, in one place.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
+use gpusq::config::{self, Config};
+use gpusq::model::Model;
+use gpusq::task::{Dataset, Split, TASKS, Task, Tokenizer};
+use gpusq::{Error, Result};
+
+/// The whole command line.
+pub(crate) fn command() -> Command {
+    let tasks: Vec<String> = TASKS.iter().map(|t| format!("  {:6} {}", t.name, t.about)).collect();
+    let presets: Vec<String> = config::PRESETS.iter().map(|p| format!("  {:18} {}", p.name, p.doc)).collect();
+    let footer = format!("Tasks:\n{}\n\nPresets:\n{}", tasks.join("\n"), presets.join("\n"));
+    Command::new("gpusq")
+        .version(env!("CARGO_PKG_VERSION"))
+        .about("Compress transformer language models to 2:4 sparse INT8 (GPUSQ-TLM) and run the result")
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .after_help("Start with `gpusq demo`: it needs no files and takes a few minutes.")
+        .subcommand(
+            training("finetune", "Train a dense model on a task (no compression)", Some("train"))
+                .after_help(footer.clone()),
+        )
+        .subcommand(
+            training("compress", "Prune, quantise and pack a fine-tuned model, with a report", None)
+                .arg(no_distill())
+                .arg(attention())
+                .after_help(footer.clone()),
+        )
+        .subcommand(
+            training("prune", "First stage alone: 2:4 weights, trained under the dense model", Some("prune"))
+                .arg(no_distill())
+                .after_help(footer.clone()),
+        )
+        .subcommand(
+            training("quantize", "Second stage alone: INT8, trained under the pruned model", Some("quantize"))
+                .arg(no_distill())
+                .after_help(footer),
+        )
+        .subcommand(
+            Command::new("eval")
+                .about("Score a model of any stage; packed ones run in the engine")
+                .args([model(), task().required(false), data(), split(), json()])
+                .arg(Arg::new("max-length").long("max-length").value_name("TOKENS").value_parser(value_parser!(usize)).help("Longest input (default: the task's own)"))
+                .arg(Arg::new("batch-size").long("batch-size").value_name("N").value_parser(value_parser!(usize)).default_value("32").help("Examples at a time")),
+        )
+        .subcommand(
+            Command::new("inspect")
+                .about("Say what a checkpoint is, what would be compressed, its sizes and whether it is sound")
+                .arg(Arg::new("model").value_name("DIR").required(true).help("Model folder of any stage, or a hub name"))
+                .arg(json()),
+        )
+        .subcommand(
+            Command::new("demo")
+                .about("Train, compress and score a small model on generated text; needs no files and no network")
+                .arg(out().required(false).default_value("gpusq-demo"))
+                .arg(seed())
+                .arg(json()),
+        )
+}
+
+/// A training command. `section` names the configuration table whose keys it takes without the table's name.
+fn training(name: &'static str, about: &'static str, section: Option<&'static str>) -> Command {
+    let mut c = Command::new(name).about(about).args([
+        model(),
+        task(),
+        data(),
+        out().required(true),
+        Arg::new("config")
+            .long("config")
+            .value_name("FILE")
+            .value_parser(value_parser!(PathBuf))
+            .help("Settings (TOML); flags override it"),
+        Arg::new("preset")
+            .long("preset")
+            .value_name("NAME")
+            .help("Named settings that the file and flags override"),
+        seed(),
+        Arg::new("resume")
+            .long("resume")
+            .action(ArgAction::SetTrue)
+            .help("Continue an interrupted run in --out"),
+        json(),
+    ]);
+    for s in config::settings() {
+        if s.table.is_empty() {
+            continue;
+        }
+        let long =
+            if section == Some(s.table) { s.key.replace('_', "-") } else { s.name().replace('_', "-") };
+        let help = format!("{} [default: {}]", s.doc, s.default);
+        let relevant = section.is_none()
+            || section == Some(s.table)
+            || s.table == "data"
+            || (s.table == "distill" && name != "finetune");
+        c = c.arg(
+            Arg::new(s.name())
+                .long(long)
+                .value_name("VALUE")
+                .help(help)
+                .help_heading("Settings (also keys of the file)")
+                .hide_short_help(true)
+                .hide(!relevant)
+                .allow_hyphen_values(true),
+        );
+    }
+    c
+}
+
+fn model() -> Arg {
+    Arg::new("model").long("model").short('m').value_name("DIR").required(true).help(
+        "Model folder (config.json, model.safetensors, tokenizer), or a hub name such as bert-base-uncased",
+    )
+}
+
+fn task() -> Arg {
+    Arg::new("task")
+        .long("task")
+        .short('t')
+        .value_name("TASK")
+        .required(true)
+        .help("What to train and score on (list below)")
+}
+
+fn data() -> Arg {
+    Arg::new("data")
+        .long("data")
+        .short('d')
+        .value_name("DIR")
+        .required(true)
+        .value_parser(value_parser!(PathBuf))
+        .help("Folder with the task's files (train.tsv and dev.tsv, or SQuAD's JSON)")
+}
+
+fn split() -> Arg {
+    Arg::new("split").long("split").value_name("SPLIT").default_value("dev").help("train or dev")
+}
+
+fn out() -> Arg {
+    Arg::new("out")
+        .long("out")
+        .short('o')
+        .value_name("DIR")
+        .value_parser(value_parser!(PathBuf))
+        .help("Folder to write; must not exist or be empty")
+}
+
+fn seed() -> Arg {
+    Arg::new("seed").long("seed").value_name("N").help("Seed of everything random [default: 42]")
+}
+
+fn json() -> Arg {
+    Arg::new("json")
+        .long("json")
+        .action(ArgAction::SetTrue)
+        .help("One JSON object per line on standard output")
+}
+
+fn no_distill() -> Arg {
+    Arg::new("no-distill")
+        .long("no-distill")
+        .action(ArgAction::SetTrue)
+        .help("Labels only, without a teacher (for comparison)")
+}
+
+fn attention() -> Arg {
+    Arg::new("attention")
+        .long("attention")
+        .value_name("KEEP:OF")
+        .help("Sparse attention too (GEMM-MHA), such as 2:4; short for --prune.attention")
+}
+
+/// The settings that a training command's flags, file and preset give.
+pub(crate) fn settings(m: &ArgMatches) -> Result<Config> {
+    let mut overrides = Vec::new();
+    for s in config::settings() {
+        if let Some(v) = m.try_get_one::<String>(&s.name()).ok().flatten() {
+            overrides.push((s.name(), v.clone()));
+        }
+    }
+    if m.try_get_one::<bool>("no-distill").ok().flatten() == Some(&true) {
+        overrides.push(("distill.enabled".into(), "false".into()));
+    }
+    if let Some(v) = m.try_get_one::<String>("attention").ok().flatten() {
+        overrides.push(("prune.attention".into(), v.clone()));
+    }
+    if let Some(v) = m.get_one::<String>("seed") {
+        overrides.push(("seed".into(), v.clone()));
+    }
+    let file = m.get_one::<PathBuf>("config").map(PathBuf::as_path);
+    Config::load(file, m.get_one::<String>("preset").map(String::as_str), &overrides)
+}
+
+/// The folder of `--model`.
+pub(crate) fn model_dir(m: &ArgMatches) -> Result<PathBuf> {
+    Ok(PathBuf::from(m.get_one::<String>("model").expect("required")))
+}
+
+/// A model's folder, tokenizer and weights.
+pub(crate) fn load_model(dir: &Path) -> Result<(Model, Tokenizer)> {
+    let model = Model::load(dir)?;
+    let tokenizer = Tokenizer::load(dir)?;
+    Ok((model, tokenizer))
+}
+
+/// Reads a split of the task, at the length the settings, the task and the model allow.
+pub(crate) fn load_data(
+    task: &'static Task,
+    dir: &Path,
+    split: Split,
+    tokenizer: &Tokenizer,
+    max_length: Option<usize>,
+    model: &Model,
+) -> Result<Dataset> {
+    let limit = model.spec.max_length();
+    if let Some(asked) = max_length.filter(|n| *n > limit) {
+        return Err(Error::Mismatch(format!(
+            "data.max_length is {asked} and the model takes {limit} tokens; lower it"
+        )));
+    }
+    task.load(dir, split, tokenizer, max_length.unwrap_or(task.max_len).min(limit))
+}
+
+/// The command line as it was typed.
+pub(crate) fn typed() -> String {
+    let quote = |a: String| if a.contains([' ', '"', '\'']) { format!("'{a}'") } else { a };
+    let mut words: Vec<String> = std::env::args().map(quote).collect();
+    words[0] = "gpusq".into();
+    words.join(" ")
+}

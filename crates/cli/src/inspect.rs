@@ -1,0 +1,109 @@
+//! `gpusq inspect`: what a checkpoint is, what would be compressed, sizes, integrity.
+
+use clap::ArgMatches;
+use gpusq::Result;
+use gpusq::format::packed::sizes;
+use gpusq::model::{Model, Stage, compressible};
+use gpusq::preflight::bytes;
+use gpusq::spec::Head;
+use gpusq::task::Tokenizer;
+use serde_json::json;
+
+use crate::args;
+use crate::progress::grouped;
+
+pub(crate) fn run(m: &ArgMatches) -> Result<()> {
+    let dir = args::model_dir(m)?;
+    // Loading checks every tensor's presence, shape, range and 2:4 pattern.
+    let model = Model::load(&dir)?;
+    let spec = &model.spec;
+    let s = spec.last_stack();
+    let family = model.config.json["model_type"].as_str().unwrap_or("?").to_string();
+    let parameters: usize = spec.weights().iter().map(|(_, s)| s.iter().product::<usize>()).sum();
+    let linears = spec.linears();
+    let dense: Vec<(String, String)> =
+        linears.iter().filter_map(|l| Some((l.name.clone(), compressible(l)?))).collect();
+    let elements: usize = linears.iter().filter(|l| compressible(l).is_none()).map(|l| l.rows * l.cols).sum();
+    let tokenizer = Tokenizer::load(&dir).map(|t| t.vocab_size());
+    let packed = model.stage.packed().then(|| sizes(&model.params));
+    let head = match &spec.head {
+        Head::None => "none".to_string(),
+        Head::Classify { outputs: 1, .. } => "regression".into(),
+        Head::Classify { outputs, .. } => format!("classification, {outputs} classes"),
+        Head::Span => "question answering (spans)".into(),
+        Head::LanguageModel { .. } => "language modelling".into(),
+    };
+    if m.get_flag("json") {
+        let sizes = packed.map(|p| {
+            json!({ "packed_bits": p.packed_bits, "dense_fp16_bits": p.dense_fp16_bits, "scale_bits": p.scale_bits, "rest_bits": p.rest_bits })
+        });
+        let object = json!({ "event": "inspect", "model": dir, "family": family, "stage": model.stage, "task": model.task,
+            "attention": model.attention.map(|p| p.to_string()), "head": head, "layers": s.layers, "hidden": s.hidden, "heads": s.heads,
+            "vocabulary": spec.vocab, "max_length": spec.max_length(), "parameters": parameters, "compressible_linears": linears.len() - dense.len(),
+            "compressible_parameters": elements, "left_dense": dense, "untrained": model.fresh, "unused": model.unused,
+            "tokenizer_entries": tokenizer.as_ref().ok(), "sizes": sizes });
+        println!("{object}");
+        return Ok(());
+    }
+    println!("{}: {family}, {}", dir.display(), model.stage.title());
+    println!(
+        "  {} layers, width {}, {} heads, vocabulary {}, up to {} tokens",
+        s.layers,
+        s.hidden,
+        s.heads,
+        grouped(spec.vocab),
+        grouped(spec.max_length())
+    );
+    println!("  head: {head}{}", model.task.as_ref().map_or(String::new(), |t| format!(", trained on {t}")));
+    if let Some(p) = model.attention {
+        println!("  attention keeps {p}");
+    }
+    println!(
+        "  {} parameters, {} of them in {} linear maps that compression covers",
+        grouped(parameters),
+        grouped(elements),
+        linears.len() - dense.len()
+    );
+    match packed {
+        Some(p) => {
+            println!(
+                "  compressed weights: {} ({:.4} of FP16), scales {}, the rest {}",
+                bytes(p.packed_bits / 8),
+                p.packed_bits as f64 / p.dense_fp16_bits as f64,
+                bytes(p.scale_bits / 8),
+                bytes(p.rest_bits / 8)
+            );
+        }
+        None if model.stage == Stage::Dense => {
+            let fp16 = elements as u64 * 2;
+            println!(
+                "  those weights: {} in FP16, {} as 2:4 FP16, {} as 2:4 INT8",
+                bytes(fp16),
+                bytes(fp16 * 9 / 16),
+                bytes(fp16 * 5 / 16)
+            );
+        }
+        None => {}
+    }
+    for (name, reason) in &dense {
+        println!("  stays dense: {name} ({reason})");
+    }
+    if !model.fresh.is_empty() {
+        println!("  not in the checkpoint, to be trained: {}", model.fresh.join(", "));
+    }
+    if !model.unused.is_empty() {
+        println!("  in the checkpoint but not used: {}", model.unused.join(", "));
+    }
+    match tokenizer {
+        Ok(n) if n > spec.vocab => {
+            println!("  PROBLEM: the tokenizer has {n} entries, the model {}", spec.vocab)
+        }
+        Ok(n) => println!("  tokenizer: {} entries", grouped(n)),
+        Err(e) => println!("  no usable tokenizer: {e}"),
+    }
+    println!(
+        "  every tensor present, of the right shape, finite{}",
+        if model.stage == Stage::Dense { "" } else { ", 2:4" }
+    );
+    Ok(())
+}

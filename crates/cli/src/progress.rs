@@ -1,0 +1,173 @@
+//! Shows a run: a bar on a terminal, plain lines elsewhere, JSON lines for machines.
+
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use gpusq::compress::Event;
+use gpusq::preflight::{Preflight, bytes};
+use gpusq::train;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::json;
+
+/// How a run is shown.
+pub(crate) struct Progress {
+    json: bool,
+    bar: Option<ProgressBar>,
+    terminal: bool,
+    stage: String,
+    first: usize,
+    started: Instant,
+    last: Instant,
+}
+
+/// Time between two plain lines.
+const EVERY: Duration = Duration::from_secs(15);
+
+impl Progress {
+    pub(crate) fn new(json: bool) -> Self {
+        let now = Instant::now();
+        let terminal = std::io::stderr().is_terminal();
+        Progress { json, bar: None, terminal, stage: String::new(), first: 0, started: now, last: now }
+    }
+
+    /// A line for people, or an object for machines.
+    pub(crate) fn say(&mut self, line: &str, object: serde_json::Value) {
+        if self.json {
+            println!("{object}");
+        } else if let Some(bar) = &self.bar {
+            bar.suspend(|| println!("{line}"));
+        } else {
+            println!("{line}");
+        }
+    }
+
+    pub(crate) fn preflight(&mut self, p: &Preflight) {
+        let mut text = format!(
+            "{} parameters, {} linear maps to compress ({:.1} % of the parameters); {} examples to train on, {} to score; \
+             longest {} tokens\nneeds about {} of memory and {} of disk",
+            grouped(p.parameters),
+            p.compressed,
+            100.0 * p.compressed_parameters as f64 / p.parameters as f64,
+            grouped(p.examples.0),
+            grouped(p.examples.1),
+            p.longest,
+            bytes(p.memory),
+            bytes(p.disk)
+        );
+        for (name, reason) in &p.left_dense {
+            text += &format!("\nstays dense: {name} ({reason})");
+        }
+        for w in &p.warnings {
+            text += &format!("\nnote: {w}");
+        }
+        self.say(&text, json!({ "event": "preflight", "preflight": p }));
+    }
+
+    pub(crate) fn show(&mut self, event: Event) {
+        match event {
+            Event::Stage { name, steps, done } => {
+                self.finish();
+                self.stage = name.into();
+                (self.first, self.started, self.last) = (done, Instant::now(), Instant::now());
+                let resumed =
+                    if done > 0 { format!(", continuing after step {done}") } else { String::new() };
+                self.say(
+                    &format!("{name}: {steps} steps{resumed}"),
+                    json!({ "event": "stage", "stage": name, "steps": steps, "done": done }),
+                );
+                if self.terminal && !self.json {
+                    let bar = ProgressBar::new(steps as u64).with_position(done as u64);
+                    let style = "{prefix} {bar:24} {pos}/{len} {elapsed} eta {eta} {msg}";
+                    bar.set_style(ProgressStyle::with_template(style).expect("the template is a constant"));
+                    bar.set_prefix(self.stage.clone());
+                    bar.reset_eta();
+                    self.bar = Some(bar);
+                }
+            }
+            Event::Train(train::Event::Step { step, steps, terms, learning_rate, tokens }) => {
+                let line = format!("loss {:.4} lr {learning_rate:.2e}", terms.total);
+                if let Some(bar) = &self.bar {
+                    bar.set_position(step as u64);
+                    bar.set_message(line);
+                } else if self.json {
+                    println!(
+                        "{}",
+                        json!({ "event": "step", "stage": self.stage, "step": step, "steps": steps, "loss": terms.total, "hard": terms.hard,
+                            "soft": terms.soft, "feature": terms.feature, "learning_rate": learning_rate, "tokens": tokens })
+                    );
+                } else if self.last.elapsed() > EVERY || step == steps {
+                    self.last = Instant::now();
+                    let rate = (step - self.first) as f64 / self.started.elapsed().as_secs_f64().max(1e-9);
+                    let left = Duration::from_secs_f64((steps - step) as f64 / rate.max(1e-9));
+                    println!(
+                        "{}: step {step}/{steps} {line} {rate:.2} steps/s, {} left",
+                        self.stage,
+                        clock(left)
+                    );
+                }
+            }
+            Event::Train(train::Event::Saved { step }) => {
+                if self.json {
+                    println!("{}", json!({ "event": "saved", "stage": self.stage, "step": step }));
+                }
+            }
+            Event::Train(train::Event::Stopped { step, running }) => {
+                let line = format!(
+                    "{}: running loss {running:.4} is below its threshold, stopping at step {step}",
+                    self.stage
+                );
+                self.say(
+                    &line,
+                    json!({ "event": "stopped", "stage": self.stage, "step": step, "running_loss": running }),
+                );
+            }
+            Event::Scored { name, scores } => {
+                self.finish();
+                self.say(
+                    &format!("{name}: {scores}"),
+                    json!({ "event": "scored", "stage": name, "scores": scores }),
+                );
+            }
+            Event::Note(text) => self.say(text, json!({ "event": "note", "text": text })),
+        }
+    }
+
+    fn finish(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// 1234567 as `1,234,567`.
+pub(crate) fn grouped(n: usize) -> String {
+    let digits = n.to_string();
+    let mut out = String::new();
+    for (i, c) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i) % 3 == 0 {
+            out.push(',');
+        }
+        out.push(c);
+    }
+    out
+}
+
+fn clock(d: Duration) -> String {
+    let s = d.as_secs();
+    if s >= 3600 {
+        format!("{}h{:02}m", s / 3600, s % 3600 / 60)
+    } else {
+        format!("{}m{:02}s", s / 60, s % 60)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_grouped_and_times_short() {
+        assert_eq!([grouped(7), grouped(1234), grouped(1234567)], ["7", "1,234", "1,234,567"]);
+        assert_eq!([clock(Duration::from_secs(65)), clock(Duration::from_secs(3700))], ["1m05s", "1h01m"]);
+    }
+}

@@ -1,0 +1,176 @@
+//! What can be known before the first step: do model, task, tokenizer and machine fit, what will be
+//! compressed, what will it need.
+
+use std::path::Path;
+
+use serde::Serialize;
+
+use crate::format::atomic::free_space;
+use crate::model::{Model, compressible};
+use crate::spec::Stack;
+use crate::task::{Dataset, Tokenizer};
+use crate::{Error, Result};
+
+/// What a run is about to do.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Preflight {
+    /// Parameters of the model.
+    pub parameters: usize,
+    /// Linear maps that will be compressed.
+    pub compressed: usize,
+    /// Their elements.
+    pub compressed_parameters: usize,
+    /// Linear maps that stay dense, with the reason.
+    pub left_dense: Vec<(String, String)>,
+    /// Examples to train on and to evaluate.
+    pub examples: (usize, usize),
+    /// Longest example in tokens.
+    pub longest: usize,
+    /// Bytes of memory that training will need, estimated.
+    pub memory: u64,
+    /// Bytes of disk the output will need.
+    pub disk: u64,
+    /// What the user should know.
+    pub warnings: Vec<String>,
+}
+
+/// Checks that `model` can be trained on `train` with batches of `batch`, under a teacher or not, for
+/// `stages` stages into `out`.
+///
+/// # Errors
+/// [`Error::Mismatch`] if tokenizer or examples do not fit the model, [`Error::File`] if the disk is too
+/// full; each says what to do.
+pub fn preflight(
+    model: &Model,
+    tokenizer: &Tokenizer,
+    train: &Dataset,
+    dev: &Dataset,
+    batch: usize,
+    teacher: bool,
+    stages: u64,
+    out: &Path,
+) -> Result<Preflight> {
+    check_fit(model, tokenizer, &[train, dev])?;
+    let spec = &model.spec;
+    let parameters = spec.weights().iter().map(|(_, s)| s.iter().product::<usize>()).sum::<usize>();
+    let (mut compressed, mut compressed_parameters, mut left_dense) = (0, 0, Vec::new());
+    for l in spec.linears() {
+        match compressible(&l) {
+            None => {
+                compressed += 1;
+                compressed_parameters += l.rows * l.cols;
+            }
+            Some(reason) => left_dense.push((l.name, reason)),
+        }
+    }
+    let longest = train.examples.iter().chain(&dev.examples).map(|e| e.ids.len()).max().unwrap_or(0);
+    let tokens = batch.min(train.examples.len().max(1)) * longest;
+    let activations: usize = spec.stacks().map(|(_, s)| activation_elements(s, batch, longest)).sum();
+    // Weights, gradients and two moments in f32; the teacher's weights; activations of one step.
+    let copies = 4 + usize::from(teacher);
+    let logits = 4 * tokens * spec.embed_width;
+    let memory = 4 * (parameters * copies + activations + logits) as u64;
+    // f32 weights of each stage, and the state (weights and two moments) of the one being trained.
+    let disk = 4 * parameters as u64 * (stages + 3);
+    let mut warnings = Vec::new();
+    if !model.fresh.is_empty() {
+        warnings.push(format!("new weights, to be trained: {}", model.fresh.join(", ")));
+    }
+    if let Some(have) = physical_memory().filter(|have| *have < memory) {
+        warnings.push(format!(
+            "training may need {} of memory and the machine has {}; lower batch_size or max_length",
+            bytes(memory),
+            bytes(have)
+        ));
+    }
+    if let Some(free) = free_space(out).filter(|free| *free < disk) {
+        let message = format!(
+            "needs about {} of disk and {} are free; free some or choose another --out",
+            bytes(disk),
+            bytes(free)
+        );
+        return Err(Error::file(out, message));
+    }
+    Ok(Preflight {
+        parameters,
+        compressed,
+        compressed_parameters,
+        left_dense,
+        examples: (train.examples.len(), dev.examples.len()),
+        longest,
+        memory,
+        disk,
+        warnings,
+    })
+}
+
+/// Checks that every example of `data` can go through `model`.
+///
+/// # Errors
+/// [`Error::Mismatch`]: a vocabulary that is too large, an example too long or empty.
+pub fn check_fit(model: &Model, tokenizer: &Tokenizer, data: &[&Dataset]) -> Result<()> {
+    let spec = &model.spec;
+    let largest =
+        data.iter().flat_map(|d| &d.examples).flat_map(|e| &e.ids).max().copied().unwrap_or(0) as usize;
+    if tokenizer.vocab_size() > spec.vocab || largest >= spec.vocab {
+        return Err(Error::Mismatch(format!(
+            "the tokenizer has {} entries and the model's vocabulary {}; use the tokenizer the model was trained with",
+            tokenizer.vocab_size(),
+            spec.vocab
+        )));
+    }
+    let limit = spec.max_length();
+    for d in data {
+        if d.examples.is_empty() {
+            return Err(Error::Mismatch(format!("the {} split of {} has no example", d.split, d.name)));
+        }
+        if let Some(e) = d.examples.iter().find(|e| e.ids.len() > limit) {
+            return Err(Error::Mismatch(format!(
+                "an example has {} tokens and the model takes {limit}; set data.max_length to at most {limit}",
+                e.ids.len()
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// f32 elements that one training step keeps for a stack's backward pass.
+fn activation_elements(s: &Stack, batch: usize, length: usize) -> usize {
+    let tokens = batch * length;
+    let inner = if s.gated { 3 * s.ffn } else { 2 * s.ffn };
+    // Per token: norms and their normalised inputs, q, k, v, attention output, two sub-layer outputs, and
+    // as much again for gradients in flight.
+    let per_token = 10 * s.hidden + s.head_dim * (s.heads + 2 * s.kv_heads) + inner;
+    s.layers * (tokens * per_token + batch * s.heads * length * length)
+}
+
+/// Bytes of memory of this machine, where the system says.
+fn physical_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find(|l| l.starts_with("MemTotal:"))?;
+    line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+/// Bytes for people: `1.5 GiB`.
+pub fn bytes(n: u64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = n as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < units.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{n} B") } else { format!("{value:.1} {}", units[unit]) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::bytes;
+
+    #[test]
+    fn bytes_are_readable() {
+        assert_eq!(bytes(999), "999 B");
+        assert_eq!(bytes(1536), "1.5 KiB");
+        assert_eq!(bytes(3 << 30), "3.0 GiB");
+    }
+}
