@@ -1,16 +1,19 @@
 //! Outputs of a model of any stage for a data set.
 
-use gpusq_tensor::Tape;
 use gpusq_tensor::ops::masked::MaskGradient;
+use gpusq_tensor::{Tape, Tensor};
 
 use crate::Result;
+use crate::engine::Engine;
 use crate::forward::{Bound, TapSet, forward};
+use crate::inputs::Inputs;
 use crate::model::Model;
 use crate::task::{Dataset, HeadKind};
 use crate::train::batch::{by_length, collate};
 
-/// Logits of each example of `data`, in the layout [`Dataset::score`] takes. Examples are batched by length,
-/// `batch` at a time; `watch` is told how many are done.
+/// Logits of each example of `data`, in the layout [`Dataset::score`] takes: by the engine for a packed
+/// model, by the training forward for the others. Examples are batched by length, `batch` at a time; `watch`
+/// is told how many are done.
 ///
 /// # Errors
 /// What the engine says of a packed model it cannot run.
@@ -21,14 +24,23 @@ pub fn predict(
     pad: u32,
     watch: &mut dyn FnMut(usize),
 ) -> Result<Vec<Vec<f32>>> {
-    let tape = Tape::inference();
-    let bound = Bound::new(&tape, &model.params, MaskGradient::Kept);
+    let run: Box<dyn Fn(&Inputs) -> Result<Tensor>> = if model.stage.packed() {
+        let engine = Engine::load(model)?;
+        Box::new(move |inputs| engine.run(inputs))
+    } else {
+        let tape = Tape::inference();
+        let bound = Bound::new(&tape, &model.params, MaskGradient::Kept);
+        Box::new(move |inputs| {
+            let out = forward(&tape, &model.spec, &bound, model.attention, inputs, TapSet::default());
+            Ok(out.logits.value().clone())
+        })
+    };
     let mut outputs = vec![Vec::new(); data.examples.len()];
     let mut done = 0;
     for which in by_length(data, batch) {
         let b = collate(&data.examples, &which, data.head, pad);
-        let out = forward(&tape, &model.spec, &bound, model.attention, &b.inputs, TapSet::default());
-        let (logits, length) = (out.logits.value().f32(), b.inputs.tokens.length);
+        let logits = run(&b.inputs)?;
+        let (logits, length) = (logits.f32(), b.inputs.tokens.length);
         for (row, &i) in which.iter().enumerate() {
             outputs[i] = match data.head {
                 HeadKind::Classes(n) => logits[row * n..(row + 1) * n].to_vec(),

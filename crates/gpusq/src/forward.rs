@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use gpusq_tensor::ops::activation::activation;
 use gpusq_tensor::ops::add::add;
-use gpusq_tensor::ops::attention::{Attention, attention};
+use gpusq_tensor::ops::attention::attention;
 use gpusq_tensor::ops::dropout::dropout;
 use gpusq_tensor::ops::embedding::{Lookup, embedding};
 use gpusq_tensor::ops::gated::gated_silu;
@@ -20,33 +20,12 @@ use gpusq_tensor::ops::rotary::{RotaryTable, rotary};
 use gpusq_tensor::ops::select::select_rows;
 use gpusq_tensor::{Grads, Tape, Tensor, Var};
 
+use crate::inputs::{attention_of, position_rows};
 use crate::params::{Params, Weight};
 use crate::sparsity::Pattern;
 use crate::spec::*;
 
-/// Padded sequences of one length.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Tokens {
-    /// Sequences.
-    pub batch: usize,
-    /// Positions of each, padding included.
-    pub length: usize,
-    /// Token ids, `[batch * length]`.
-    pub ids: Vec<u32>,
-    /// Token types, `[batch * length]`; empty where the model has none.
-    pub types: Vec<u32>,
-    /// False for padding, `[batch * length]`; `None` if nothing is padded.
-    pub mask: Option<Vec<bool>>,
-}
-
-/// Model inputs: the encoder's (or a decoder-only model's) tokens, and a target's for encoder-decoders.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Inputs {
-    /// Source tokens.
-    pub tokens: Tokens,
-    /// Target tokens of an encoder-decoder.
-    pub target: Option<Tokens>,
-}
+pub use crate::inputs::{Inputs, Tokens};
 
 /// Which activations a forward keeps.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -182,33 +161,6 @@ pub fn forward(
     let (hidden, _) = hidden.expect("a transformer has a stack");
     let logits = f.head(&hidden, last);
     Output { logits, taps: f.taps.into_inner() }
-}
-
-/// Rows of the position table for `tokens` under `numbering`.
-pub(crate) fn position_rows(tokens: &Tokens, numbering: Numbering, pad: Option<u32>) -> Vec<u32> {
-    let mut out = Vec::with_capacity(tokens.ids.len());
-    for b in 0..tokens.batch {
-        let mut seen = 0;
-        for i in 0..tokens.length {
-            let at = b * tokens.length + i;
-            out.push(match numbering {
-                Numbering::Index { offset } => offset + i,
-                Numbering::Unpadded { offset } => {
-                    let padded = match &tokens.mask {
-                        Some(m) => !m[at],
-                        None => pad == Some(tokens.ids[at]),
-                    };
-                    if padded {
-                        offset - 1
-                    } else {
-                        seen += 1;
-                        offset + seen - 1
-                    }
-                }
-            } as u32);
-        }
-    }
-    out
 }
 
 impl Forward<'_> {
@@ -412,27 +364,5 @@ impl Forward<'_> {
                 by_token(y, self.spec.vocab)
             }
         }
-    }
-}
-
-/// The attention of stack `s` from `queries` to `keys`.
-pub(crate) fn attention_of(
-    s: &Stack,
-    queries: &Tokens,
-    keys: &Tokens,
-    causal: bool,
-    pattern: Option<Pattern>,
-) -> Attention {
-    Attention {
-        batch: queries.batch,
-        queries: queries.length,
-        keys: keys.length,
-        heads: s.heads,
-        kv_heads: s.kv_heads,
-        scale: 1.0 / (s.head_dim as f32).sqrt(),
-        causal,
-        key_mask: keys.mask.clone(),
-        pattern: pattern.map(|p| (p.keep, p.of)),
-        dropout: s.dropout.attention,
     }
 }

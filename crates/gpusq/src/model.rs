@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::arch::{self, Config, Entry, Layout};
 use crate::format::atomic::write_file;
-use crate::format::packed::{read_packed, write_packed};
+use crate::format::packed::{pack_f16, pack_int8, read_packed, round_dense, write_packed};
 use crate::format::safetensors::{Checkpoint, check_finite, write_safetensors};
 use crate::params::{Params, Weight};
 use crate::sparsity::Pattern;
@@ -309,6 +309,51 @@ impl Model {
             program: concat!("gpusq ", env!("CARGO_PKG_VERSION")).into(),
         };
         write_json(&dir.join(MANIFEST_FILE), &manifest)
+    }
+
+    /// The engine's form of a pruned model (2:4 values in f16) or of a quantised one (INT8 codes). Weights
+    /// that were never compressed stay dense, rounded to what the packed file stores: f16 with two or more
+    /// dimensions (embeddings), f32 below. So the result equals what [`Model::save`] and [`Model::load`]
+    /// make of it; and its answers are those of `self` bit for bit if `self`'s dense weights had been
+    /// rounded so ([`round_dense`]).
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] for a model of another stage, and where a weight is not 2:4, does not fit f16 or
+    /// has no code, naming weight, row and group.
+    pub fn packed(&self) -> Result<Model> {
+        let stage = match self.stage {
+            Stage::Dense => {
+                let message = "only a compressed model can be packed, and this one is dense; prune it first";
+                return Err(Error::Mismatch(message.into()));
+            }
+            Stage::Pruned => Stage::PackedF16,
+            Stage::Quantized => Stage::PackedInt8,
+            Stage::PackedF16 | Stage::PackedInt8 => {
+                return Err(Error::Mismatch("the model is packed already; use it as it is".into()));
+            }
+        };
+        let mut params = Params::new();
+        for (name, weight) in self.params.iter() {
+            let weight = match (weight, stage) {
+                (Weight::Dense(t), _) => Weight::Dense(t.clone()),
+                (Weight::Masked { value, mask }, Stage::PackedF16) => {
+                    Weight::Packed(pack_f16(value, mask, name)?)
+                }
+                (Weight::Fake { value, mask, scale }, Stage::PackedInt8) => {
+                    Weight::Packed(pack_int8(value, mask, scale, name)?)
+                }
+                _ => {
+                    let message = format!(
+                        "weight `{name}` is not at the model's stage, {}; run that stage again",
+                        self.stage.title()
+                    );
+                    return Err(Error::Mismatch(message));
+                }
+            };
+            params.insert(name, weight);
+        }
+        round_dense(&mut params)?;
+        Ok(Model { params, stage, ..self.clone() })
     }
 
     /// Tensors under the checkpoint's names and in its layout; `get` gives each weight by our name.

@@ -6,15 +6,20 @@ use crate::{Device, Tape, Tensor, Var};
 
 /// `a + b`, same shape.
 pub fn add(tape: &Tape, a: &Var, b: &Var) -> Var {
-    assert_eq!(a.shape(), b.shape(), "add");
-    let out = match a.value().device() {
-        Device::Cpu => cpu::add(a.value(), b.value()),
-    };
+    let out = apply(a.value(), b.value());
     let (a2, b2) = (a.clone(), b.clone());
     tape.push(out, &[a, b], move |grad, grads| {
         grads.add(&a2, grad.clone());
         grads.add(&b2, grad.clone());
     })
+}
+
+/// [`add`] without a tape.
+pub fn apply(a: &Tensor, b: &Tensor) -> Tensor {
+    assert_eq!(a.shape(), b.shape(), "add");
+    match a.device() {
+        Device::Cpu => cpu::add(a, b),
+    }
 }
 
 /// `sum += x`, the accumulation of gradients.

@@ -38,12 +38,9 @@ pub struct Attention {
 
 /// `q` `[batch * queries, heads * d]`, `k` and `v` `[batch * keys, kv_heads * d]`: `[batch * queries, heads * d]`.
 pub fn attention(tape: &Tape, q: &Var, k: &Var, v: &Var, spec: &Attention) -> Var {
-    spec.check(q, k, v);
     let drop = Drop::next(tape, spec.dropout);
     let keep = tape.tracks(&[q, k, v]);
-    let (out, saved) = match q.value().device() {
-        Device::Cpu => cpu::forward(q.value(), k.value(), v.value(), spec, drop, keep),
-    };
+    let (out, saved) = compute(q.value(), k.value(), v.value(), spec, drop, keep);
     let (q2, k2, v2, spec) = (q.clone(), k.clone(), v.clone(), spec.clone());
     tape.push(out, &[q, k, v], move |grad, grads| {
         let softmax: Tensor = saved.expect("kept when tracked");
@@ -54,10 +51,35 @@ pub fn attention(tape: &Tape, q: &Var, k: &Var, v: &Var, spec: &Attention) -> Va
     })
 }
 
+/// [`attention`] without a tape, and so without dropout.
+pub fn apply(q: &Tensor, k: &Tensor, v: &Tensor, spec: &Attention) -> Tensor {
+    compute(q, k, v, spec, None, false).0
+}
+
+/// The output and, if `keep`, the full softmax.
+fn compute(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    spec: &Attention,
+    drop: Option<Drop>,
+    keep: bool,
+) -> (Tensor, Option<Tensor>) {
+    spec.check(q, k, v);
+    match q.device() {
+        Device::Cpu => cpu::forward(q, k, v, spec, drop, keep),
+    }
+}
+
+/// Whether attention can keep `keep` of every `of` keys: `0 < keep < of`, `of` a power of two up to 256.
+pub fn allowed(keep: usize, of: usize) -> bool {
+    0 < keep && keep < of && of.is_power_of_two() && of <= 256
+}
+
 impl Attention {
-    fn check(&self, q: &Var, k: &Var, v: &Var) {
-        let d = q.value().width() / self.heads;
-        assert_eq!(q.value().width(), d * self.heads, "attention: {} heads in {:?}", self.heads, q.shape());
+    fn check(&self, q: &Tensor, k: &Tensor, v: &Tensor) {
+        let d = q.width() / self.heads;
+        assert_eq!(q.width(), d * self.heads, "attention: {} heads in {:?}", self.heads, q.shape());
         assert_eq!(
             self.heads % self.kv_heads,
             0,
@@ -65,17 +87,19 @@ impl Attention {
             self.heads,
             self.kv_heads
         );
-        assert_eq!(q.value().rows(), self.batch * self.queries, "attention: queries {:?}", q.shape());
+        assert_eq!(q.rows(), self.batch * self.queries, "attention: queries {:?}", q.shape());
         for x in [k, v] {
-            assert_eq!(x.value().rows(), self.batch * self.keys, "attention: keys {:?}", x.shape());
-            assert_eq!(x.value().width(), d * self.kv_heads, "attention: keys {:?}", x.shape());
+            assert_eq!(x.rows(), self.batch * self.keys, "attention: keys {:?}", x.shape());
+            assert_eq!(x.width(), d * self.kv_heads, "attention: keys {:?}", x.shape());
         }
         if let Some(m) = &self.key_mask {
             assert_eq!(m.len(), self.batch * self.keys, "attention: key mask");
         }
         if let Some((keep, of)) = self.pattern {
-            let allowed = 0 < keep && keep < of && of.is_power_of_two() && of <= 256;
-            assert!(allowed, "attention pattern {keep}:{of}: 0 < keep < of, of a power of two up to 256");
+            assert!(
+                allowed(keep, of),
+                "attention pattern {keep}:{of}: 0 < keep < of, of a power of two up to 256"
+            );
         }
         // The index of a dropout draw is 32 bits wide.
         let weights = self.batch * self.heads * self.queries * self.keys;

@@ -1,13 +1,13 @@
-use super::Lookup;
+use super::Rows;
 use crate::Tensor;
 use crate::cpu::par_rows;
 
-pub(super) fn forward(lookups: &[Lookup], tokens: usize, width: usize) -> Tensor {
+pub(super) fn forward(lookups: &[Rows], tokens: usize, width: usize) -> Tensor {
     let mut out = Tensor::stale(&[tokens, width]);
     par_rows(out.f32_mut(), width, |first, block| {
         for (k, row) in block.chunks_exact_mut(width).enumerate() {
             for (n, l) in lookups.iter().enumerate() {
-                let entry = &l.table.value().f32()[l.ids[first + k] as usize * width..][..width];
+                let entry = &l.table.f32()[l.ids[first + k] as usize * width..][..width];
                 for (o, e) in row.iter_mut().zip(entry) {
                     *o = if n == 0 { l.factor * e } else { *o + l.factor * e };
                 }

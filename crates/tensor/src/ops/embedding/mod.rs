@@ -15,15 +15,33 @@ pub struct Lookup {
     pub factor: f32,
 }
 
+/// A [`Lookup`] without a tape.
+#[derive(Clone, Copy)]
+pub struct Rows<'a> {
+    /// f32 `[entries, width]`.
+    pub table: &'a Tensor,
+    /// One entry per token, as in [`Lookup::ids`].
+    pub ids: &'a [u32],
+    /// The row is multiplied by this.
+    pub factor: f32,
+}
+
+/// [`embedding`] without a tape.
+pub fn apply(lookups: &[Rows]) -> Tensor {
+    let (tokens, width) = (lookups[0].ids.len(), lookups[0].table.width());
+    for l in lookups {
+        assert_eq!((l.ids.len(), l.table.width()), (tokens, width), "embedding lookups differ");
+    }
+    match lookups[0].table.device() {
+        Device::Cpu => cpu::forward(lookups, tokens, width),
+    }
+}
+
 /// `out[t] = sum over lookups of factor * table[ids[t]]`: `[tokens, width]`.
 pub fn embedding(tape: &Tape, lookups: &[Lookup]) -> Var {
-    let (tokens, width) = (lookups[0].ids.len(), lookups[0].table.value().width());
-    for l in lookups {
-        assert_eq!((l.ids.len(), l.table.value().width()), (tokens, width), "embedding lookups differ");
-    }
-    let out = match lookups[0].table.value().device() {
-        Device::Cpu => cpu::forward(lookups, tokens, width),
-    };
+    let rows: Vec<Rows> =
+        lookups.iter().map(|l| Rows { table: l.table.value(), ids: &l.ids, factor: l.factor }).collect();
+    let out = apply(&rows);
     let inputs: Vec<&Var> = lookups.iter().map(|l| &l.table).collect();
     let kept = lookups.to_vec();
     tape.push(out, &inputs, move |grad, grads| {

@@ -2,20 +2,25 @@
 
 mod cpu;
 
-use crate::{Device, Tape, Var};
+use crate::{Device, Tape, Tensor, Var};
 
 /// `silu(gate) * up`, same shape.
 pub fn gated_silu(tape: &Tape, gate: &Var, up: &Var) -> Var {
-    assert_eq!(gate.shape(), up.shape(), "gated_silu");
-    let y = match gate.value().device() {
-        Device::Cpu => cpu::forward(gate.value(), up.value()),
-    };
+    let y = apply(gate.value(), up.value());
     let (g2, u2) = (gate.clone(), up.clone());
     tape.push(y, &[gate, up], move |grad, grads| {
         let (dgate, dup) = cpu::backward(grad, g2.value(), u2.value());
         grads.add(&g2, dgate);
         grads.add(&u2, dup);
     })
+}
+
+/// [`gated_silu`] without a tape.
+pub fn apply(gate: &Tensor, up: &Tensor) -> Tensor {
+    assert_eq!(gate.shape(), up.shape(), "gated_silu");
+    match gate.device() {
+        Device::Cpu => cpu::forward(gate, up),
+    }
 }
 
 #[cfg(test)]

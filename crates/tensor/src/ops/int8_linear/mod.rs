@@ -27,6 +27,8 @@ use rayon::prelude::*;
 
 use cpu::{Kernel, Panels, Sink};
 
+use crate::Tensor;
+
 /// Rows of this length or more could overflow the i32 accumulator (131,072 · 128 · 128 = 2^31).
 const COLS_LIMIT: usize = 131_072;
 
@@ -104,6 +106,13 @@ pub fn linear(x: &[i8], tokens: usize, w: &Int8Weight, scale: &[f32], bias: Opti
     assert_eq!(scale.len(), w.rows, "scales of {w:?}");
     assert!(bias.is_none_or(|b| b.len() == w.rows), "biases of {w:?}");
     run(x, tokens, w, &Sink::F32 { y: y.as_mut_ptr(), scale, bias });
+}
+
+/// [`linear`] into a new tensor `[tokens, out]`.
+pub fn apply(x: &[i8], tokens: usize, w: &Int8Weight, scale: &[f32], bias: Option<&[f32]>) -> Tensor {
+    let mut y = Tensor::stale(&[tokens, w.rows]);
+    linear(x, tokens, w, scale, bias, y.f32_mut());
+    y
 }
 
 /// Splits the product into blocks of tokens by panels of outputs and computes them on all threads.

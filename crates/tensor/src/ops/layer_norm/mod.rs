@@ -4,19 +4,14 @@ mod cpu;
 
 pub(crate) use cpu::lane_sum;
 
-use crate::{Device, Tape, Var};
+use crate::{Device, Tape, Tensor, Var};
 
 /// `(x + residual - mean) / sqrt(var + eps) * gain + bias`, mean and (biased) variance over each row.
 /// `gain` and `bias` are `[width]`.
 pub fn layer_norm(tape: &Tape, x: &Var, residual: Option<&Var>, gain: &Var, bias: &Var, eps: f32) -> Var {
-    assert_eq!(x.value().width(), gain.value().len(), "layer_norm: {:?}, {:?}", x.shape(), gain.shape());
     let inputs: Vec<&Var> = [x, gain, bias].into_iter().chain(residual).collect();
     let keep = tape.tracks(&inputs);
-    let (y, saved) = match x.value().device() {
-        Device::Cpu => {
-            cpu::forward(x.value(), residual.map(Var::value), gain.value(), bias.value(), eps, keep)
-        }
-    };
+    let (y, saved) = compute(x.value(), residual.map(Var::value), gain.value(), bias.value(), eps, keep);
     let (x2, r2, g2, b2) = (x.clone(), residual.cloned(), gain.clone(), bias.clone());
     tape.push(y, &inputs, move |grad, grads| {
         let (dx, dgain, dbias) = cpu::backward(grad, &saved.expect("kept when tracked"), g2.value());
@@ -27,6 +22,25 @@ pub fn layer_norm(tape: &Tape, x: &Var, residual: Option<&Var>, gain: &Var, bias
         }
         grads.add(&x2, dx);
     })
+}
+
+/// [`layer_norm`] without a tape.
+pub fn apply(x: &Tensor, residual: Option<&Tensor>, gain: &Tensor, bias: &Tensor, eps: f32) -> Tensor {
+    compute(x, residual, gain, bias, eps, false).0
+}
+
+fn compute(
+    x: &Tensor,
+    residual: Option<&Tensor>,
+    gain: &Tensor,
+    bias: &Tensor,
+    eps: f32,
+    keep: bool,
+) -> (Tensor, Option<cpu::Saved>) {
+    assert_eq!(x.width(), gain.len(), "layer_norm: {:?}, {:?}", x.shape(), gain.shape());
+    match x.device() {
+        Device::Cpu => cpu::forward(x, residual, gain, bias, eps, keep),
+    }
 }
 
 #[cfg(test)]

@@ -60,8 +60,6 @@ pub(super) fn forward_codes(x: &Tensor, w: &Tensor, sx: f32, sw: &Tensor, bias: 
         rest.push(t);
     }
     let scale: Vec<f32> = sw.f32().iter().map(|s| sx * s).collect();
-    let zero = vec![0.0; out];
-    let bias = bias.map_or(&zero[..], Tensor::f32);
     par_rows(y.f32_mut(), out, |first, block| {
         for (r, row) in block.chunks_exact_mut(out).enumerate() {
             if !rest.is_empty() {
@@ -72,8 +70,14 @@ pub(super) fn forward_codes(x: &Tensor, w: &Tensor, sx: f32, sw: &Tensor, bias: 
                 }
             }
             simd(|| {
-                for ((y, s), b) in row.iter_mut().zip(&scale).zip(bias) {
-                    *y = *y * s + b;
+                // A sum of products may be -0, which is no integer: adding +0 makes it +0.
+                for (y, s) in row.iter_mut().zip(&scale) {
+                    *y = (*y + 0.0) * s;
+                }
+                if let Some(bias) = bias {
+                    for (y, b) in row.iter_mut().zip(bias.f32()) {
+                        *y += b;
+                    }
                 }
             });
         }

@@ -3,15 +3,12 @@
 mod cpu;
 
 use super::lsq::Quantized;
-use crate::{Device, Tape, Var};
+use crate::{Device, Tape, Tensor, Var};
 
 /// `x` `[.., in]` times `weight` `[out, in]` transposed, plus `bias` `[out]`: `[.., out]`.
 pub fn linear(tape: &Tape, x: &Var, weight: &Var, bias: Option<&Var>) -> Var {
-    let (out, width) = (weight.shape()[0], weight.shape()[1]);
-    assert_eq!(x.value().width(), width, "linear: input {:?}, weight {:?}", x.shape(), weight.shape());
-    let y = match x.value().device() {
-        Device::Cpu => cpu::forward(x.value(), weight.value(), bias.map(Var::value)),
-    };
+    let out = weight.shape()[0];
+    let y = apply(x.value(), weight.value(), bias.map(Var::value));
     let inputs: Vec<&Var> = [x, weight].into_iter().chain(bias).collect();
     let (x2, w2, b2) = (x.clone(), weight.clone(), bias.cloned());
     tape.push(y, &inputs, move |grad, grads| {
@@ -28,8 +25,16 @@ pub fn linear(tape: &Tape, x: &Var, weight: &Var, bias: Option<&Var>) -> Var {
     })
 }
 
+/// [`linear`] without a tape.
+pub fn apply(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
+    assert_eq!(x.width(), weight.shape()[1], "linear: input {:?}, weight {:?}", x.shape(), weight.shape());
+    match x.device() {
+        Device::Cpu => cpu::forward(x, weight, bias),
+    }
+}
+
 /// The integer product of quantised `x` (one scale) and `weight` (one scale per row), scaled to f32:
-/// `y[t, o] = (sum_i cx[t, i] cw[o, i]) * (sx * sw[o]) + b[o]`.
+/// `y[t, o] = (sum_i cx[t, i] cw[o, i]) * (sx * sw[o]) + b[o]`; without a bias nothing is added.
 ///
 /// The sum is exact, as INT8 hardware computes it in 32-bit accumulators, and the scaling is two
 /// separately rounded f32 operations; [`super::int8_linear`] computes the same bits from the same codes.
@@ -64,7 +69,6 @@ mod tests {
     use super::super::check::{check, close, noise};
     use super::super::lsq;
     use super::*;
-    use crate::Tensor;
 
     fn reference(x: &[Vec<f64>], width: usize) -> Vec<f64> {
         let out = x[1].len() / width;

@@ -41,15 +41,20 @@ pub fn quantize_activation(tape: &Tape, x: &Var, scale: &Var) -> Quantized {
 /// Quantises and dequantises a tensor with one step size: the pair after a layer (paper, figure 2).
 pub fn fake_quantize(tape: &Tape, x: &Var, scale: &Var) -> Var {
     let s = scale.value().item();
-    let value = match x.value().device() {
-        Device::Cpu => cpu::dequantised(x.value(), s),
-    };
+    let value = dequantised(x.value(), s);
     let (x2, s2) = (x.clone(), scale.clone());
     tape.push(value, &[x, scale], move |grad, grads| {
         let (dx, ds) = cpu::backward(grad, x2.value(), &cpu::codes(x2.value(), s), s);
         grads.add(&x2, dx);
         grads.add(&s2, Tensor::scalar(ds));
     })
+}
+
+/// [`fake_quantize`] without a tape: the grid point of step size `s` nearest to each element.
+pub fn dequantised(x: &Tensor, s: f32) -> Tensor {
+    match x.device() {
+        Device::Cpu => cpu::dequantised(x, s),
+    }
 }
 
 /// Quantises `weight * mask` (`[rows, cols]`, mask u8) with one positive step size per row, `scale` `[rows]`.

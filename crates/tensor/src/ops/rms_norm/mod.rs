@@ -2,20 +2,29 @@
 
 mod cpu;
 
-use crate::{Device, Tape, Var};
+use crate::{Device, Tape, Tensor, Var};
 
 /// `x / sqrt(mean(x^2) + eps) * gain`, the mean over each row; `gain` is `[width]`.
 pub fn rms_norm(tape: &Tape, x: &Var, gain: &Var, eps: f32) -> Var {
-    assert_eq!(x.value().width(), gain.value().len(), "rms_norm: {:?}, {:?}", x.shape(), gain.shape());
-    let (y, rstd) = match x.value().device() {
-        Device::Cpu => cpu::forward(x.value(), gain.value(), eps),
-    };
+    let (y, rstd) = compute(x.value(), gain.value(), eps);
     let (x2, g2) = (x.clone(), gain.clone());
     tape.push(y, &[x, gain], move |grad, grads| {
         let (dx, dgain) = cpu::backward(grad, x2.value(), &rstd, g2.value());
         grads.add(&x2, dx);
         grads.add(&g2, dgain);
     })
+}
+
+/// [`rms_norm`] without a tape.
+pub fn apply(x: &Tensor, gain: &Tensor, eps: f32) -> Tensor {
+    compute(x, gain, eps).0
+}
+
+fn compute(x: &Tensor, gain: &Tensor, eps: f32) -> (Tensor, Vec<f32>) {
+    assert_eq!(x.width(), gain.len(), "rms_norm: {:?}, {:?}", x.shape(), gain.shape());
+    match x.device() {
+        Device::Cpu => cpu::forward(x, gain, eps),
+    }
 }
 
 #[cfg(test)]

@@ -28,14 +28,23 @@ impl RotaryTable {
 
 /// Rotates every head of `x` `[tokens, heads * head_dim]`; token `t` stands at `positions[t]`.
 pub fn rotary(tape: &Tape, x: &Var, positions: &[u32], table: &RotaryTable) -> Var {
-    assert_eq!(x.value().rows(), positions.len(), "rotary: one position per token");
-    let turn = |x: &Tensor, positions: &[u32], table: &RotaryTable, sign: f32| match x.device() {
-        Device::Cpu => cpu::rotate(x, positions, table.cos.f32(), table.sin.f32(), table.half, sign),
-    };
-    let y = turn(x.value(), positions, table, 1.0);
+    let y = apply(x.value(), positions, table);
     let (x2, positions, table) = (x.clone(), positions.to_vec(), table.clone());
     // A rotation's transpose is the rotation back.
     tape.push(y, &[x], move |grad, grads| grads.add(&x2, turn(grad, &positions, &table, -1.0)))
+}
+
+/// [`rotary`] without a tape.
+pub fn apply(x: &Tensor, positions: &[u32], table: &RotaryTable) -> Tensor {
+    assert_eq!(x.rows(), positions.len(), "rotary: one position per token");
+    turn(x, positions, table, 1.0)
+}
+
+/// Rotates by the table's angles times `sign`.
+fn turn(x: &Tensor, positions: &[u32], table: &RotaryTable, sign: f32) -> Tensor {
+    match x.device() {
+        Device::Cpu => cpu::rotate(x, positions, table.cos.f32(), table.sin.f32(), table.half, sign),
+    }
 }
 
 #[cfg(test)]

@@ -5,13 +5,9 @@ use crate::{Tape, Tensor, Var};
 /// Rows `rows` of `x` `[.., width]` (leading dimensions flattened): `[rows.len(), width]`.
 pub fn select_rows(tape: &Tape, x: &Var, rows: &[u32]) -> Var {
     let width = x.value().width();
-    let src = x.value().f32();
-    let mut out = Vec::with_capacity(rows.len() * width);
-    for &r in rows {
-        out.extend_from_slice(&src[r as usize * width..][..width]);
-    }
+    let out = apply(x.value(), rows);
     let (x2, rows) = (x.clone(), rows.to_vec());
-    tape.push(Tensor::from_f32(out, &[rows.len(), width]), &[x], move |grad, grads| {
+    tape.push(out, &[x], move |grad, grads| {
         grads.add_with(&x2, |sum| {
             let sum = sum.f32_mut();
             for (g, &r) in grad.f32().chunks_exact(width).zip(&rows) {
@@ -21,6 +17,16 @@ pub fn select_rows(tape: &Tape, x: &Var, rows: &[u32]) -> Var {
             }
         })
     })
+}
+
+/// [`select_rows`] without a tape.
+pub fn apply(x: &Tensor, rows: &[u32]) -> Tensor {
+    let (width, src) = (x.width(), x.f32());
+    let mut out = Vec::with_capacity(rows.len() * width);
+    for &r in rows {
+        out.extend_from_slice(&src[r as usize * width..][..width]);
+    }
+    Tensor::from_f32(out, &[rows.len(), width])
 }
 
 /// Column `column` of `x` `[batch, length, width]`: `[batch, length]`.
