@@ -402,7 +402,9 @@ pub fn read_packed_checkpoint(file: &Checkpoint) -> Result<(Params, BTreeMap<Str
 /// A weight's own name must not look like a part of another.
 fn check_name(path: &Path, name: &str) -> Result<()> {
     match [VALUES, META, SCALE].into_iter().find(|suffix| name.ends_with(suffix)) {
-        Some(suffix) => Err(bad(path, name, format!("names that end in `{suffix}` belong to packed weights"))),
+        Some(suffix) => {
+            Err(bad(path, name, format!("names that end in `{suffix}` belong to packed weights")))
+        }
         None => Ok(()),
     }
 }
@@ -590,7 +592,8 @@ mod tests {
 
     #[test]
     fn every_pair_of_kept_positions_has_its_nibble() {
-        let expected = [((0, 1), 0x4), ((0, 2), 0x8), ((1, 2), 0x9), ((0, 3), 0xC), ((1, 3), 0xD), ((2, 3), 0xE)];
+        let expected =
+            [((0, 1), 0x4), ((0, 2), 0x8), ((1, 2), 0x9), ((0, 3), 0xC), ((1, 3), 0xD), ((2, 3), 0xE)];
         for ((a, b), nibble) in expected {
             let mut value = vec![0.0; 4];
             (value[a], value[b]) = (3.0, -5.0);
@@ -603,9 +606,13 @@ mod tests {
 
     #[test]
     fn groups_with_fewer_nonzeros_name_the_lowest_free_positions() {
-        for (at, nibble, values) in
-            [(None, 0x4, [0, 0]), (Some(0), 0x4, [7, 0]), (Some(1), 0x4, [0, 7]), (Some(2), 0x8, [0, 7]), (Some(3), 0xC, [0, 7])]
-        {
+        for (at, nibble, values) in [
+            (None, 0x4, [0, 0]),
+            (Some(0), 0x4, [7, 0]),
+            (Some(1), 0x4, [0, 7]),
+            (Some(2), 0x8, [0, 7]),
+            (Some(3), 0xC, [0, 7]),
+        ] {
             let mut value = vec![0.0; 4];
             if let Some(at) = at {
                 value[at] = 7.0;
