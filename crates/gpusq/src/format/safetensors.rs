@@ -586,7 +586,7 @@ fn read_header(path: &Path, source: &mut dyn Source) -> Result<Header> {
         }
         by_place.push((begin, end, name, Info { dtype, shape }));
     }
-    by_place.sort_by(|a, b| (a.0, a.1).cmp(&(b.0, b.1)));
+    by_place.sort_by_key(|&(begin, end, ..)| (begin, end));
     let mut covered = 0;
     let mut previous: Option<&str> = None;
     for (begin, end, name, _) in &by_place {
