@@ -266,7 +266,7 @@ mod tests {
         let error = write_file(&path, |w| w.write_all(b"x")).unwrap_err();
         assert!(matches!(&error, Error::Io { path: p, source } if *p == path
             && source.kind() == io::ErrorKind::NotFound));
-        assert!(!error.to_string().contains(".tmp"), "{error}");
+        assert!(!error.to_string().contains(".a.bin"), "{error}");
     }
 
     #[cfg(unix)]
@@ -294,7 +294,7 @@ mod tests {
         );
         let text = error.to_string();
         assert!(
-            text.contains("a.bin") && !text.contains(".tmp") && text.contains("free some space"),
+            text.contains("a.bin") && !text.contains(".a.bin") && text.contains("free some space"),
             "{text}"
         );
         assert_eq!(fs::read(&path).unwrap(), b"old");

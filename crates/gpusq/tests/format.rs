@@ -1,0 +1,436 @@
+//! FORMAT.md, rule by rule: a file that keeps a rule is read, and one that breaks it is refused with one
+//! line that names the place.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use gpusq::Result;
+use gpusq::format::packed::{
+    pack_f16, pack_int8, read_packed, round_dense, sizes, unpack_codes, unpack_f32, write_packed,
+};
+use gpusq::format::safetensors::{Checkpoint, Dtype, write_safetensors};
+use gpusq::params::{Params, Weight};
+use gpusq::tensor::{Tensor, f16};
+
+type Tensors = Vec<(String, Tensor)>;
+
+fn metadata(version: &str) -> BTreeMap<String, String> {
+    [("format", "gpusq-packed"), ("format_version", version)].map(|(k, v)| (k.into(), v.into())).into()
+}
+
+/// A file that keeps every rule: an INT8 weight of 2 x 12, an F16 weight of 1 x 8, and dense tensors.
+fn valid() -> Tensors {
+    let half = |v: &[f32]| v.iter().map(|&x| f16::from_f32(x)).collect();
+    [
+        ("q.weight.values", Tensor::from_i8(vec![3, -5, 0, 7, 1, 2, 0, 0, 127, -127, 4, 4], &[2, 6])),
+        ("q.weight.meta", Tensor::from_u8(vec![0x8D, 0x09, 0xE4, 0x0C], &[2, 2])),
+        ("q.weight.scale", Tensor::from_f32(vec![0.5, 2.0], &[2])),
+        ("head.weight.values", Tensor::from_f16(half(&[1.5, -2.0, 0.0, 0.25]), &[1, 4])),
+        ("head.weight.meta", Tensor::from_u8(vec![0xCE], &[1, 1])),
+        ("attn.input_scale", Tensor::scalar(0.1)),
+        ("attn.output_scale", Tensor::scalar(0.2)),
+        ("embed.weight", Tensor::from_f16(half(&[1.0, 2.0, 3.0, 4.0]), &[2, 2])),
+        ("norm.weight", Tensor::from_f32(vec![1.0, 1.1], &[2])),
+    ]
+    .map(|(name, t)| (name.to_string(), t))
+    .into()
+}
+
+fn read(tensors: &Tensors, metadata: &BTreeMap<String, String>) -> Result<Params> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.gpusq.safetensors");
+    write_safetensors(&path, tensors, metadata).unwrap();
+    read_packed(&path).map(|(params, _)| params)
+}
+
+/// The valid file with one tensor replaced, added or (`None`) taken out.
+fn with(changes: &[(&str, Option<Tensor>)]) -> Tensors {
+    let mut tensors = valid();
+    for (name, tensor) in changes {
+        tensors.retain(|(n, _)| n != name);
+        if let Some(tensor) = tensor {
+            tensors.push((name.to_string(), tensor.clone()));
+        }
+    }
+    tensors
+}
+
+/// That the changed file is refused in one line that names the file, the tensor and the reason.
+#[track_caller]
+fn refused(changes: &[(&str, Option<Tensor>)], tensor: &str, reason: &str) {
+    let error = read(&with(changes), &metadata("1")).unwrap_err().to_string();
+    assert!(error.contains("model.gpusq.safetensors"), "{error}");
+    assert!(error.contains(&format!("`{tensor}`")), "{error}");
+    assert!(error.contains(reason), "{error}");
+    assert!(!error.contains('\n'), "{error}");
+}
+
+fn halves(values: [f32; 4]) -> Option<Tensor> {
+    Some(Tensor::from_f16(values.map(f16::from_f32).to_vec(), &[1, 4]))
+}
+
+#[test]
+fn the_valid_file_is_read() {
+    let params = read(&valid(), &metadata("1")).unwrap();
+    let names: Vec<&str> = params.iter().map(|(name, _)| name).collect();
+    assert_eq!(
+        names,
+        ["attn.input_scale", "attn.output_scale", "embed.weight", "head.weight", "norm.weight", "q.weight"]
+    );
+    let Some(Weight::Packed(q)) = params.get("q.weight") else { panic!("q is packed") };
+    assert_eq!(
+        unpack_codes(q),
+        [0, 3, 0, -5, 0, 0, 7, 0, 0, 1, 2, 0, 0, 0, 0, 0, 0, 0, 127, -127, 4, 0, 0, 4]
+    );
+    assert_eq!(unpack_f32(q).shape(), [2, 12]);
+    assert_eq!(unpack_f32(q).f32()[..4], [0.0, 1.5, 0.0, -2.5]);
+    assert_eq!(unpack_f32(q).f32()[18], 254.0);
+    let Some(Weight::Packed(head)) = params.get("head.weight") else { panic!("head is packed") };
+    assert_eq!(unpack_f32(head).f32(), [0.0, 0.0, 1.5, -2.0, 0.0, 0.0, 0.0, 0.25]);
+    let Some(Weight::Dense(embed)) = params.get("embed.weight") else { panic!("embed is dense") };
+    assert_eq!(embed, &Tensor::from_f32(vec![1.0, 2.0, 3.0, 4.0], &[2, 2]));
+}
+
+#[test]
+fn rule_1_the_container_must_be_valid_safetensors() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.gpusq.safetensors");
+    write_safetensors(&path, &valid(), &metadata("1")).unwrap();
+    let whole = std::fs::read(&path).unwrap();
+    read_packed(&path).unwrap();
+    for cut in [0, 7, 8, 100, whole.len() - 1] {
+        std::fs::write(&path, &whole[..cut]).unwrap();
+        let error = read_packed(&path).unwrap_err().to_string();
+        assert!(error.contains("model.gpusq.safetensors"), "{error}");
+    }
+}
+
+#[test]
+fn rule_2_the_format_must_be_named() {
+    for other in [None, Some("pt")] {
+        let mut metadata = metadata("1");
+        metadata.remove("format");
+        metadata.extend(other.map(|v| ("format".to_string(), v.to_string())));
+        let error = read(&valid(), &metadata).unwrap_err().to_string();
+        assert!(error.contains("is not a packed model"), "{error}");
+    }
+}
+
+#[test]
+fn rule_3_the_version_must_be_known() {
+    for version in ["2", "0", "", "1.0", "01", "1\n"] {
+        let error = read(&valid(), &metadata(version)).unwrap_err().to_string();
+        assert!(error.contains("format version") && !error.contains('\n'), "{error}");
+    }
+    let mut without = metadata("1");
+    without.remove("format_version");
+    assert!(read(&valid(), &without).unwrap_err().to_string().contains("lacks format_version"));
+    let mut more = metadata("1");
+    more.insert("note".into(), "anything".into());
+    read(&valid(), &more).unwrap();
+}
+
+#[test]
+fn rule_4_a_weight_must_not_be_both_packed_and_dense() {
+    refused(
+        &[
+            ("norm.weight.values", halves([1.0; 4])),
+            ("norm.weight.meta", Some(Tensor::from_u8(vec![0x44], &[1, 1]))),
+        ],
+        "norm.weight",
+        "both packed and dense",
+    );
+}
+
+#[test]
+fn rule_5_names_must_not_end_in_a_suffix() {
+    for name in ["x.values", "x.meta", "x.scale"] {
+        let changes = [
+            (&*format!("{name}.values"), halves([1.0; 4])),
+            (&*format!("{name}.meta"), Some(Tensor::from_u8(vec![0x44], &[1, 1]))),
+        ];
+        let error = read(&with(&changes), &metadata("1")).unwrap_err().to_string();
+        assert!(error.contains(name), "{error}");
+        let mut params = Params::new();
+        params.insert(name, Weight::Dense(Tensor::zeros(&[1])));
+        let dir = tempfile::tempdir().unwrap();
+        let error = write_packed(dir.path().join("m"), &params, &BTreeMap::new()).unwrap_err().to_string();
+        assert!(error.contains("belong to packed weights"), "{error}");
+    }
+}
+
+#[test]
+fn rule_6_values_must_have_meta() {
+    refused(&[("q.weight.meta", None)], "q.weight.meta", "is missing");
+}
+
+#[test]
+fn rule_7_meta_and_scale_must_have_values() {
+    refused(&[("q.weight.values", None)], "q.weight.meta", "has no `q.weight.values` beside it");
+    refused(
+        &[("q.weight.values", None), ("q.weight.meta", None)],
+        "q.weight.scale",
+        "has no `q.weight.values` beside it",
+    );
+}
+
+#[test]
+fn rule_8_values_must_be_i8_or_f16_with_two_dimensions() {
+    let name = "head.weight.values";
+    refused(&[(name, Some(Tensor::zeros(&[1, 4])))], name, "has type F32");
+    refused(&[(name, Some(Tensor::from_u8(vec![0; 4], &[1, 4])))], name, "has type U8");
+    for shape in [&[][..], &[4], &[1, 1, 4]] {
+        let n = shape.iter().product();
+        refused(&[(name, Some(Tensor::from_f16(vec![f16::ONE; n], shape)))], name, "is not [out, in / 2]");
+    }
+}
+
+#[test]
+fn rule_9_values_must_hold_whole_groups() {
+    for shape in [[0, 4], [1, 0], [0, 0], [1, 1], [1, 3], [2, 5]] {
+        let values = Tensor::from_f16(vec![f16::ONE; shape[0] * shape[1]], &shape);
+        refused(&[("head.weight.values", Some(values))], "head.weight.values", "no whole groups");
+    }
+}
+
+#[test]
+fn rule_10_meta_must_be_u8_of_its_shape() {
+    let name = "q.weight.meta";
+    refused(&[(name, Some(Tensor::from_i8(vec![4; 4], &[2, 2])))], name, "has type I8");
+    for shape in [&[4][..], &[2, 1], &[2, 3], &[1, 4], &[4, 1], &[2, 2, 1]] {
+        let n = shape.iter().product();
+        refused(&[(name, Some(Tensor::from_u8(vec![4; n], shape)))], name, "should be U8[2, 2]");
+    }
+}
+
+#[test]
+fn rule_11_the_first_index_must_be_less_than_the_second() {
+    let fine = [0x4, 0x8, 0x9, 0xC, 0xD, 0xE];
+    for nibble in 0..16u8 {
+        let meta = Tensor::from_u8(vec![nibble | 0x40], &[1, 1]);
+        let changes = [("head.weight.meta", Some(meta)), ("head.weight.values", halves([1.0; 4]))];
+        if fine.contains(&nibble) {
+            let params = read(&with(&changes), &metadata("1")).unwrap();
+            let Some(Weight::Packed(head)) = params.get("head.weight") else { panic!("head is packed") };
+            let kept: Vec<usize> = (0..4).filter(|&i| unpack_f32(head).f32()[i] != 0.0).collect();
+            assert_eq!(kept, [usize::from(nibble & 3), usize::from(nibble >> 2)]);
+        } else {
+            refused(&changes, "head.weight.meta", "row 0, group 0: index");
+        }
+    }
+    // The place is that of the broken group.
+    let meta = Tensor::from_u8(vec![0x8D, 0x09, 0x54, 0x0C], &[2, 2]);
+    refused(
+        &[("q.weight.meta", Some(meta))],
+        "q.weight.meta",
+        "row 1, group 1: index 1 is not below index 1",
+    );
+}
+
+#[test]
+fn rule_12_an_unused_half_byte_must_be_zero() {
+    let meta = Tensor::from_u8(vec![0x8D, 0x09, 0xE4, 0x4C], &[2, 2]);
+    refused(&[("q.weight.meta", Some(meta))], "q.weight.meta", "row 1: the unused last half byte is not 0");
+}
+
+#[test]
+fn rule_13_missing_nonzeros_must_name_the_lowest_indices() {
+    // (half byte, values of group 0, allowed)
+    let cases = [
+        (0x4, [0.0, 0.0], true),
+        (0xE, [0.0, 0.0], false),
+        (0x8, [0.0, 0.0], false),
+        (0x4, [1.0, 0.0], true),
+        (0xC, [1.0, 0.0], false),
+        (0x4, [0.0, 1.0], true),
+        (0x9, [1.0, 0.0], false),
+        (0x8, [0.0, 1.0], true),
+        (0x9, [0.0, 1.0], false),
+        (0xC, [0.0, 1.0], true),
+        (0xD, [0.0, 1.0], false),
+        (0xE, [1.0, 0.0], false),
+    ];
+    for (nibble, [a, b], allowed) in cases {
+        let changes = [
+            ("head.weight.meta", Some(Tensor::from_u8(vec![nibble | 0xE0], &[1, 1]))),
+            ("head.weight.values", halves([a, b, 1.0, 1.0])),
+        ];
+        if allowed {
+            read(&with(&changes), &metadata("1")).unwrap();
+        } else {
+            refused(&changes, "head.weight.meta", "row 0, group 0: a zero is not at the lowest free index");
+        }
+    }
+}
+
+#[test]
+fn rule_14_zero_must_be_positive() {
+    refused(
+        &[("head.weight.values", halves([1.5, -2.0, -0.0, 0.25]))],
+        "head.weight.values",
+        "group 1: -0.0",
+    );
+}
+
+#[test]
+fn rule_15_f16_values_must_be_finite() {
+    for x in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let changes = [("head.weight.values", halves([1.5, -2.0, 0.0, x]))];
+        refused(&changes, "head.weight.values", "row 0, group 1");
+    }
+}
+
+#[test]
+fn rule_16_code_minus_128_must_not_occur() {
+    let values = Tensor::from_i8(vec![3, -5, 0, 7, 1, 2, 0, 0, 127, -128, 4, 4], &[2, 6]);
+    refused(&[("q.weight.values", Some(values))], "q.weight.values", "row 1, group 1: code -128");
+}
+
+#[test]
+fn rule_17_codes_must_have_a_scale_for_each_row() {
+    let name = "q.weight.scale";
+    refused(&[(name, None)], name, "is missing");
+    refused(&[(name, Some(Tensor::from_f16(vec![f16::ONE; 2], &[2])))], name, "has type F16");
+    for shape in [&[][..], &[1], &[3], &[2, 1]] {
+        refused(&[(name, Some(Tensor::full(shape, 1.0)))], name, "should be F32[2]");
+    }
+}
+
+#[test]
+fn rule_18_scales_must_be_positive_and_finite() {
+    for x in [0.0, -0.0, -1.0, f32::NAN, f32::INFINITY] {
+        let scale = Tensor::from_f32(vec![0.5, x], &[2]);
+        refused(&[("q.weight.scale", Some(scale))], "q.weight.scale", "row 1: ");
+    }
+}
+
+#[test]
+fn rule_19_f16_values_must_have_no_scale() {
+    refused(&[("head.weight.scale", Some(Tensor::scalar(1.0)))], "head.weight.scale", "must not be there");
+}
+
+#[test]
+fn rule_20_dense_matrices_must_be_f16() {
+    for shape in [&[2, 2][..], &[1, 4], &[2, 1, 2]] {
+        refused(&[("embed.weight", Some(Tensor::zeros(shape)))], "embed.weight", "it must be F16");
+    }
+}
+
+#[test]
+fn rule_21_dense_vectors_must_be_f32() {
+    for (shape, n) in [(&[2][..], 2), (&[], 1)] {
+        let tensor = Tensor::from_f16(vec![f16::ONE; n], shape);
+        refused(&[("norm.weight", Some(tensor))], "norm.weight", "it must be F32");
+    }
+    refused(&[("norm.weight", Some(Tensor::from_i32(vec![1], &[1])))], "norm.weight", "it must be F32");
+    read(&with(&[("norm.weight", Some(Tensor::zeros(&[])))]), &metadata("1")).unwrap();
+}
+
+#[test]
+fn rule_22_dense_elements_must_be_finite() {
+    let vector = Tensor::from_f32(vec![1.0, f32::NAN], &[2]);
+    refused(&[("norm.weight", Some(vector))], "norm.weight", "the element at [1] is NaN");
+    let matrix = Tensor::from_f16(vec![f16::ONE, f16::ONE, f16::INFINITY, f16::ONE], &[2, 2]);
+    refused(&[("embed.weight", Some(matrix))], "embed.weight", "the element at [1, 0] is inf");
+}
+
+#[test]
+fn rule_23_activation_scales_must_be_one_positive_number() {
+    for name in ["attn.input_scale", "attn.output_scale", "input_scale"] {
+        for x in [0.0, -1.0] {
+            refused(&[(name, Some(Tensor::scalar(x)))], name, "is not positive");
+        }
+        for shape in [&[][..], &[2], &[0]] {
+            refused(&[(name, Some(Tensor::full(shape, 1.0)))], name, "has shape [1]");
+        }
+    }
+    // Only the whole last part counts.
+    read(&with(&[("my_input_scale", Some(Tensor::zeros(&[3])))]), &metadata("1")).unwrap();
+}
+
+fn model() -> Params {
+    let value = Tensor::from_f32((0..24).map(|i| (i as f32 - 11.5) * 0.37).collect(), &[2, 12]);
+    let mask = Tensor::from_u8([1, 0, 0, 1].repeat(6), &[2, 12]);
+    let scale = Tensor::from_f32(vec![0.05, 0.04], &[2]);
+    let mut params = Params::new();
+    params.insert("a.weight", Weight::Packed(pack_int8(&value, &mask, &scale, "a.weight").unwrap()));
+    params.insert("b.weight", Weight::Packed(pack_f16(&value, &mask, "b.weight").unwrap()));
+    params.insert("a.input_scale", Weight::Dense(Tensor::scalar(0.3)));
+    params.insert("norm.bias", Weight::Dense(Tensor::from_f32(vec![0.1, 1e30], &[2])));
+    params.insert("embed", Weight::Dense(Tensor::from_f32(vec![0.1, 0.2, 0.3, 0.4], &[2, 2])));
+    params
+}
+
+fn written(params: &Params, path: &Path) -> Vec<u8> {
+    let metadata = [("seed".to_string(), "7".to_string()), ("model".to_string(), "tiny".to_string())].into();
+    write_packed(path, params, &metadata).unwrap();
+    std::fs::read(path).unwrap()
+}
+
+#[test]
+fn a_model_comes_back_as_it_was_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.gpusq.safetensors");
+    let mut params = model();
+    let first = written(&params, &path);
+    round_dense(&mut params).unwrap();
+    let (read, metadata) = read_packed(&path).unwrap();
+    assert_eq!(read, params);
+    assert_eq!(
+        metadata.into_iter().collect::<Vec<_>>(),
+        [("model".into(), "tiny".into()), ("seed".into(), "7".into())]
+    );
+    // Equal weights give equal bytes.
+    assert_eq!(written(&read, &path), first);
+
+    let file = Checkpoint::open_file(&path).unwrap();
+    let types =
+        ["a.weight.values", "b.weight.values", "embed", "norm.bias"].map(|n| file.info(n).unwrap().dtype);
+    assert_eq!(types, [Dtype::I8, Dtype::F16, Dtype::F16, Dtype::F32]);
+
+    // The accounted bits are the file's bytes after its header.
+    let counted = sizes(&read);
+    let header = 8 + u64::from_le_bytes(first[..8].try_into().unwrap());
+    let bits = counted.packed_bits + counted.scale_bits + counted.rest_bits;
+    assert_eq!(bits, (first.len() as u64 - header) * 8);
+}
+
+#[test]
+fn the_writer_keeps_the_rules_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m");
+    let refuses = |weight: Weight, reason: &str| {
+        let mut params = model();
+        params.insert("embed", weight);
+        let error = write_packed(&path, &params, &BTreeMap::new()).unwrap_err().to_string();
+        assert!(error.contains("`embed") && error.contains(reason), "{error}");
+        assert!(std::fs::read_dir(dir.path()).unwrap().next().is_none(), "something was left behind");
+    };
+    let value = Tensor::full(&[1, 4], 1.0);
+    let mask = Tensor::from_u8(vec![1, 1, 0, 0], &[1, 4]);
+    refuses(Weight::Masked { value: value.clone(), mask: mask.clone() }, "pack it first");
+    refuses(Weight::Dense(Tensor::full(&[1, 4], f32::NAN)), "must be finite");
+    refuses(Weight::Dense(Tensor::full(&[1, 4], 1e5)), "too large for f16");
+    refuses(Weight::Dense(mask.clone()), "dense weights are f32");
+    let mut packed = pack_int8(&value, &mask, &Tensor::scalar(1.0), "embed").unwrap();
+    packed.scale = None;
+    refuses(Weight::Packed(packed.clone()), "is missing");
+    packed.scale = Some(Tensor::scalar(1.0));
+    packed.cols = 8;
+    refuses(Weight::Packed(packed), "does not fit 8 columns");
+    for key in ["format", "format_version"] {
+        let metadata = [(key.to_string(), "1".to_string())].into();
+        let error = write_packed(&path, &model(), &metadata).unwrap_err().to_string();
+        assert!(error.contains(key), "{error}");
+    }
+}
+
+#[test]
+fn the_specification_numbers_what_is_tested() {
+    let text = include_str!("../../../FORMAT.md");
+    let rules =
+        text.lines().filter(|l| l.split_once(". ").is_some_and(|(n, _)| n.parse::<u32>().is_ok())).count();
+    let source = include_str!("format.rs");
+    let tests = (1..).take_while(|n| source.contains(&format!("fn rule_{n}_"))).count();
+    assert_eq!(rules, tests, "FORMAT.md has {rules} rules and there are tests for {tests}");
+}
