@@ -1,0 +1,503 @@
+//! The engine against the fake-quantised forward, bit for bit: INT8 codes, 32-bit sums and logits.
+
+use std::path::Path;
+
+use gpusq::arch::{self, Config};
+use gpusq::engine::Engine;
+use gpusq::format::packed::{round_dense, unpack_codes};
+use gpusq::forward::{Bound, Inputs, Output, TapSet, Tokens, forward};
+use gpusq::model::{Model, Stage, compressible};
+use gpusq::params::{Params, Weight};
+use gpusq::quant::{Calibration, Method, calibrate};
+use gpusq::sparsity::{Pattern, mask_rows};
+use gpusq::spec::*;
+use gpusq::task::HeadKind;
+use gpusq::tensor::ops::activation::Activation;
+use gpusq::tensor::ops::masked::MaskGradient;
+use gpusq::tensor::{Tape, Tensor, normal};
+use proptest::prelude::*;
+
+const BERT: &str = r#"{"model_type": "bert", "vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 3, "intermediate_size": 40, "max_position_embeddings": 20, "type_vocab_size": 2,
+    "pad_token_id": 0}"#;
+const DISTILBERT: &str = r#"{"model_type": "distilbert", "vocab_size": 50, "dim": 16, "n_layers": 3,
+    "n_heads": 2, "hidden_dim": 36, "max_position_embeddings": 20, "activation": "relu", "pad_token_id": 0}"#;
+const ROBERTA: &str = r#"{"model_type": "roberta", "vocab_size": 50, "hidden_size": 32,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 52, "max_position_embeddings": 22,
+    "type_vocab_size": 1, "hidden_act": "gelu_new", "pad_token_id": 1}"#;
+/// Maps from its 30 hidden features cannot be 2:4 and stay dense; `ffn.out` can.
+const ODD_BERT: &str = r#"{"model_type": "bert", "vocab_size": 50, "hidden_size": 30, "num_hidden_layers": 2,
+    "num_attention_heads": 3, "intermediate_size": 44, "max_position_embeddings": 20, "pad_token_id": 0}"#;
+
+/// Repeatable numbers below `limit`.
+fn draws(n: usize, limit: u32, seed: u64) -> Vec<u32> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let draw = || {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        ((state >> 33) % u64::from(limit)) as u32
+    };
+    std::iter::repeat_with(draw).take(n).collect()
+}
+
+/// A batch whose sequence `b` has `3 * b` tokens of padding, as far as there is room.
+fn inputs(batch: usize, length: usize, vocab: usize, types: usize, padded: bool, seed: u64) -> Inputs {
+    let n = batch * length;
+    let mut ids = draws(n, vocab as u32 - 2, seed);
+    ids.iter_mut().for_each(|id| *id += 2);
+    let mask = |i: usize| i % length < length - (3 * (i / length)).min(length - 1);
+    Inputs {
+        tokens: Tokens {
+            batch,
+            length,
+            ids,
+            types: if types > 1 { draws(n, types as u32, !seed) } else { Vec::new() },
+            mask: padded.then(|| (0..n).map(mask).collect()),
+        },
+        target: None,
+    }
+}
+
+fn random_params(spec: &TransformerSpec, seed: u64) -> Params {
+    let mut params = Params::new();
+    for (i, (name, shape)) in spec.weights().into_iter().enumerate() {
+        let seed = seed.wrapping_mul(1000).wrapping_add(i as u64);
+        let deviation = if shape.len() == 2 { (shape[1] as f32).powf(-0.5) } else { 0.1 };
+        let mut t = normal(&shape, deviation, seed);
+        if name.contains("norm.weight") {
+            t.f32_mut().iter_mut().for_each(|x| *x += 1.0);
+        }
+        params.insert(name, Weight::Dense(t));
+    }
+    params
+}
+
+fn with_spec(spec: TransformerSpec, config: Config, seed: u64) -> Model {
+    Model {
+        params: random_params(&spec, seed),
+        spec,
+        config,
+        stage: Stage::Dense,
+        attention: None,
+        task: None,
+        fresh: Vec::new(),
+        unused: Vec::new(),
+    }
+}
+
+fn dense(config: &str, head: Option<HeadKind>, seed: u64) -> Model {
+    let config = Config::parse(Path::new("config.json"), config).unwrap();
+    let spec = (arch::find(&config).unwrap().spec)(&config).unwrap();
+    let mut model = with_spec(spec, config, seed);
+    if let Some(head) = head {
+        model.set_head(head, seed).unwrap();
+        let shapes: Vec<_> = model.spec.weights();
+        for (name, shape) in shapes.into_iter().filter(|(n, _)| n.starts_with("head.")) {
+            model.params.insert(name, Weight::Dense(normal(&shape, 0.3, seed)));
+        }
+    }
+    model
+}
+
+/// Prunes by magnitude.
+fn prune(model: &mut Model) {
+    for linear in model.spec.linears().iter().filter(|l| compressible(l).is_none()) {
+        let name = format!("{}.weight", linear.name);
+        let Some(Weight::Dense(value)) = model.params.remove(&name) else { panic!("{name}") };
+        let mut mask = vec![0; value.len()];
+        mask_rows(value.f32(), value.width(), Pattern::TWO_FOUR, &mut mask);
+        let mask = Tensor::from_u8(mask, value.shape());
+        model.params.insert(name, Weight::Masked { value, mask });
+    }
+    model.stage = Stage::Pruned;
+}
+
+/// Quantises by calibration on `samples`, and rounds the dense weights as the packed file does.
+fn quantise(model: &mut Model, samples: &[Inputs], outputs: bool) {
+    let outputs = match outputs {
+        true => vec![
+            Role::Query,
+            Role::Key,
+            Role::Value,
+            Role::AttentionOut,
+            Role::FeedForwardIn,
+            Role::FeedForwardOut,
+            Role::Head,
+        ],
+        false => Vec::new(),
+    };
+    // Clipping must be met as well as rounding.
+    let how = Calibration { weights: Method::Mse, activations: Method::Percentile(99.0), outputs };
+    calibrate(model, samples, &how);
+    round_dense(&mut model.params).unwrap();
+}
+
+fn fake(model: &Model, inputs: &Inputs, want: TapSet) -> Output {
+    let tape = Tape::inference();
+    let bound = Bound::new(&tape, &model.params, MaskGradient::Kept);
+    forward(&tape, &model.spec, &bound, model.attention, inputs, want)
+}
+
+fn logits(model: &Model, inputs: &Inputs) -> Tensor {
+    fake(model, inputs, TapSet::default()).logits.value().clone()
+}
+
+#[track_caller]
+fn same_bits(what: &str, got: &Tensor, want: &Tensor) {
+    assert_eq!(got.shape(), want.shape(), "{what}");
+    assert!(want.f32().iter().all(|x| x.is_finite()), "{what}: the reference is not finite");
+    for (i, (g, w)) in got.f32().iter().zip(want.f32()).enumerate() {
+        assert_eq!(g.to_bits(), w.to_bits(), "{what}[{i}]: {g}, forward {w}");
+    }
+}
+
+fn engine(model: &Model) -> Engine {
+    Engine::load(&model.packed().unwrap()).unwrap()
+}
+
+/// Saves and loads a packed model.
+fn through_disk(packed: &Model) -> Model {
+    let dir = tempfile::tempdir().unwrap();
+    packed.save(dir.path(), None).unwrap();
+    Model::load(dir.path()).unwrap()
+}
+
+/// Heads with and without a value for each token.
+const HEADS: [Option<HeadKind>; 4] =
+    [Some(HeadKind::Classes(3)), Some(HeadKind::Value), Some(HeadKind::Span), None];
+
+#[test]
+fn int8_logits_are_the_forwards_bit_for_bit() {
+    let mut seed = 0;
+    for config in [BERT, DISTILBERT, ROBERTA, ODD_BERT] {
+        for head in HEADS {
+            for pattern in [None, Some("2:4"), Some("2:8")] {
+                for outputs in [false, true] {
+                    seed += 1;
+                    let mut model = dense(config, head, seed);
+                    model.attention = pattern.map(|p| p.parse().unwrap());
+                    prune(&mut model);
+                    let types = model.spec.encoder.as_ref().unwrap().embed.types;
+                    let samples =
+                        [inputs(3, 11, 50, types, true, seed), inputs(2, 9, 50, types, false, seed)];
+                    quantise(&mut model, &samples, outputs);
+                    let packed = model.packed().unwrap();
+                    assert_eq!(packed.stage, Stage::PackedInt8);
+                    let loaded = through_disk(&packed);
+                    assert_eq!((&loaded.params, &loaded.spec.head), (&packed.params, &packed.spec.head));
+                    assert_eq!(loaded.attention, model.attention);
+                    let engines = [Engine::load(&packed).unwrap(), Engine::load(&loaded).unwrap()];
+                    for inputs in samples.iter().chain([&inputs(1, 20, 50, types, false, seed + 1)]) {
+                        let want = logits(&model, inputs);
+                        for engine in &engines {
+                            let what = format!("{config} {head:?} {pattern:?} outputs {outputs}");
+                            same_bits(&what, &engine.run(inputs).unwrap(), &want);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn f16_logits_are_those_of_the_rounded_pruned_model() {
+    for (seed, config) in [BERT, DISTILBERT, ROBERTA, ODD_BERT].into_iter().enumerate() {
+        for head in HEADS {
+            let mut model = dense(config, head, seed as u64 + 70);
+            prune(&mut model);
+            let packed = model.packed().unwrap();
+            assert_eq!(packed.stage, Stage::PackedF16);
+            // The pruned model with every matrix rounded to f16, masked ones included.
+            round_dense(&mut model.params).unwrap();
+            for (_, weight) in model.params.iter_mut() {
+                if let Weight::Masked { value, .. } = weight {
+                    *value = value.to_f16().to_f32();
+                }
+            }
+            let loaded = through_disk(&packed);
+            assert_eq!(loaded.params, packed.params);
+            let types = model.spec.encoder.as_ref().unwrap().embed.types;
+            let inputs = inputs(3, 11, 50, types, true, seed as u64);
+            let want = logits(&model, &inputs);
+            for model in [&packed, &loaded] {
+                same_bits(config, &Engine::load(model).unwrap().run(&inputs).unwrap(), &want);
+            }
+        }
+    }
+}
+
+/// Any encoder the specification can express, with both norms and orders, gates, rotation and projection.
+fn stacks() -> impl Strategy<Value = TransformerSpec> {
+    let sizes = (0usize..3, 1usize..4, 1usize..5, 1usize..30, 5usize..40, 1usize..3);
+    let flags = (any::<[bool; 8]>(), 0usize..3);
+    (sizes, flags, any::<bool>()).prop_map(|((layers, groups, half, ffn, vocab, kv), (f, types), span)| {
+        let [pre, rms, gated, rotary, projected, qkv_bias, bias, causal] = f;
+        let (heads, head_dim) = (groups * kv, 2 * half);
+        let positions = match rotary {
+            true => {
+                Positions::Rotary { frequency: (0..half).map(|i| 0.3f64.powi(i as i32)).collect(), limit: 16 }
+            }
+            false => Positions::Learned { entries: 18, numbering: Numbering::Unpadded { offset: 2 } },
+        };
+        let hidden = heads * head_dim;
+        TransformerSpec {
+            vocab,
+            embed_width: if projected { hidden + 3 } else { hidden },
+            encoder: Some(Stack {
+                layers,
+                hidden,
+                heads,
+                kv_heads: kv,
+                head_dim,
+                ffn,
+                activation: Activation::Silu,
+                gated,
+                qkv_bias,
+                bias,
+                norm: if rms { Norm::Rms { eps: 1e-5 } } else { Norm::Layer { eps: 1e-5 } },
+                order: if pre { NormOrder::Pre } else { NormOrder::Post },
+                final_norm: pre,
+                causal,
+                cross: false,
+                embed: Embed { scale: 1.5, positions, types, norm: !pre, projected },
+                dropout: Dropout { hidden: 0.1, attention: 0.1, head: 0.1 },
+            }),
+            decoder: None,
+            head: match (span, projected) {
+                // The head's width is the stack's, so there is none after a projection to another.
+                (_, true) => Head::None,
+                (true, _) => Head::Span,
+                (false, _) => Head::Classify { outputs: 3, dense: bias.then_some(Activation::Tanh) },
+            },
+            tokens: SpecialTokens { pad: Some(1), ..Default::default() },
+        }
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    #[test]
+    fn any_encoder_agrees(
+        spec in stacks(),
+        batch in 1usize..4,
+        length in 1usize..17,
+        padded: bool,
+        outputs: bool,
+        pattern in prop_oneof![Just(None), Just(Some("2:4")), Just(Some("2:8")), Just(Some("1:2"))],
+        seed in 0u64..1000,
+    ) {
+        let (vocab, types) = (spec.vocab, spec.encoder.as_ref().unwrap().embed.types);
+        let config = Config::parse(Path::new("config.json"), BERT).unwrap();
+        let mut model = with_spec(spec, config, seed);
+        model.attention = pattern.map(|p| p.parse().unwrap());
+        prune(&mut model);
+        let samples = [inputs(batch, length, vocab, types, padded, seed)];
+        quantise(&mut model, &samples, outputs);
+        let engine = engine(&model);
+        for inputs in samples.iter().chain([&inputs(2, 16, vocab, types, !padded, seed + 1)]) {
+            same_bits("logits", &engine.run(inputs).unwrap(), &logits(&model, inputs));
+        }
+    }
+}
+
+/// The codes each map reads, and from them its 32-bit sums and outputs, computed naively.
+#[test]
+fn codes_and_sums_are_the_forwards() {
+    for (config, head) in [(BERT, HEADS[0]), (ROBERTA, HEADS[2]), (DISTILBERT, HEADS[3])] {
+        let mut model = dense(config, head, 5);
+        prune(&mut model);
+        let types = model.spec.encoder.as_ref().unwrap().embed.types;
+        let inputs = inputs(3, 12, 50, types, true, 6);
+        quantise(&mut model, std::slice::from_ref(&inputs), true);
+        let packed = model.packed().unwrap();
+        let (_, codes) = Engine::load(&packed).unwrap().run_tapped(&inputs).unwrap();
+        let taps = fake(&model, &inputs, TapSet { linears: true, ..TapSet::default() }).taps;
+        let linears = model.spec.linears();
+        for l in &linears {
+            let ours = codes.get(&l.input).unwrap_or_else(|| panic!("no codes of {}", l.input));
+            let mut theirs = taps[&l.input].value().clone();
+            let mut y = taps[&format!("{}.y", l.name)].value().clone();
+            if ours.rows() != theirs.rows() {
+                // The last block before a classifier, of which only first tokens are computed.
+                assert!(matches!(head, Some(HeadKind::Classes(_))) && ours.rows() == 3);
+                let first = |t: &Tensor| {
+                    let rows = t.f32().chunks(t.width()).step_by(12).flatten().copied().collect();
+                    Tensor::from_f32(rows, &[3, t.width()])
+                };
+                (theirs, y) = (first(&theirs), first(&y));
+            }
+            let step = model.params.dense(&l.input_scale()).item();
+            for (i, (&ours, &x)) in ours.i8().iter().zip(theirs.f32()).enumerate() {
+                assert_eq!(ours, gpusq::quant::grid::code(x, step), "{}[{i}] of {x} / {step}", l.input);
+            }
+            let Some(Weight::Packed(w)) = packed.params.get(&format!("{}.weight", l.name)) else { panic!() };
+            let (weight, scale) = (unpack_codes(w), w.scale.as_ref().unwrap().f32());
+            let bias = l.bias.then(|| model.params.dense(&format!("{}.bias", l.name)).f32());
+            let mut at = 0;
+            for x in ours.i8().chunks(l.cols) {
+                for (o, row) in weight.chunks(l.cols).enumerate() {
+                    let sum: i32 = x.iter().zip(row).map(|(&a, &b)| i32::from(a) * i32::from(b)).sum();
+                    let want = sum as f32 * (step * scale[o]) + bias.map_or(0.0, |b| b[o]);
+                    assert_eq!(y.f32()[at].to_bits(), want.to_bits(), "{}.y[{at}]", l.name);
+                    at += 1;
+                }
+            }
+            assert_eq!(at, y.len());
+        }
+        assert!(codes.keys().all(|input| linears.iter().any(|l| l.input == *input)));
+    }
+}
+
+#[test]
+fn twelve_threads_get_the_answers_of_one() {
+    let mut model = dense(BERT, HEADS[0], 9);
+    prune(&mut model);
+    let batches: Vec<Inputs> =
+        (0..8).map(|i| inputs(1 + i % 4, 5 + i, 50, 2, i % 2 == 0, i as u64)).collect();
+    quantise(&mut model, &batches[..2], true);
+    let engine = engine(&model);
+    let want: Vec<Tensor> = batches.iter().map(|b| engine.run(b).unwrap()).collect();
+    std::thread::scope(|threads| {
+        for t in 0..12 {
+            let (engine, batches, want) = (&engine, &batches, &want);
+            threads.spawn(move || {
+                for i in 0..40 {
+                    let i = (t + i) % batches.len();
+                    same_bits("logits", &engine.run(&batches[i]).unwrap(), &want[i]);
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn unfit_inputs_are_refused() {
+    let mut model = dense(BERT, HEADS[0], 2);
+    prune(&mut model);
+    let engine = engine(&model);
+    let good = inputs(2, 6, 50, 2, true, 3);
+    engine.run(&good).unwrap();
+    let refused = |what: &str, spoil: &dyn Fn(&mut Inputs)| {
+        let mut bad = good.clone();
+        spoil(&mut bad);
+        let e = engine.run(&bad).unwrap_err().to_string();
+        assert!(e.contains(what), "{e}");
+    };
+    refused("token id 50", &|i| i.tokens.ids[3] = 50);
+    refused("vocabulary of 50", &|i| i.tokens.ids[3] = u32::MAX);
+    refused("token type 2", &|i| i.tokens.types[0] = 2);
+    refused("11 token types", &|i| i.tokens.types.truncate(11));
+    refused("mask of 5", &|i| i.tokens.mask = Some(vec![true; 5]));
+    refused("mask of 13", &|i| i.tokens.mask = Some(vec![true; 13]));
+    refused("at most 20", &|i| i.tokens.length = 21);
+    refused("12 token ids", &|i| i.tokens.length = 5);
+    refused("token ids for a batch", &|i| i.tokens.batch = usize::MAX);
+    refused("no tokens", &|i| i.tokens = Tokens::default());
+    refused("no target", &|i| i.target = Some(i.tokens.clone()));
+    // A sequence of padding only is odd but not an error.
+    let mut padding = good.clone();
+    padding.tokens.mask = Some(vec![false; 12]);
+    assert!(engine.run(&padding).unwrap().f32().iter().all(|x| x.is_finite()));
+}
+
+#[test]
+fn unfit_models_are_refused() {
+    let refused = |what: &str, model: &Model| {
+        let Err(e) = Engine::load(model) else { panic!("accepted; should say {what}") };
+        assert!(e.to_string().contains(what), "{e}");
+    };
+    let mut model = dense(BERT, HEADS[0], 2);
+    refused("this one is dense", &model);
+    let e = model.packed().unwrap_err().to_string();
+    assert!(e.contains("prune it first"), "{e}");
+    prune(&mut model);
+    refused("pack it", &model);
+    let f16 = model.packed().unwrap();
+    assert!(f16.packed().unwrap_err().to_string().contains("packed already"));
+    let samples = [inputs(2, 6, 50, 2, true, 3)];
+    let mut stray = model.clone();
+    quantise(&mut model, &samples, false);
+    stray.stage = Stage::Quantized;
+    let e = stray.packed().unwrap_err().to_string();
+    assert!(e.contains("attn.k.weight") && e.contains("stage"), "{e}");
+    let packed = model.packed().unwrap();
+    for (name, what) in [
+        ("encoder.1.ffn.out.weight", "missing"),
+        ("encoder.0.ffn.norm.bias", "missing"),
+        ("encoder.0.attn.input_scale", "missing"),
+        ("embed.word", "missing"),
+    ] {
+        let mut less = packed.clone();
+        less.params.remove(name).unwrap();
+        refused(what, &less);
+        refused(name, &less);
+    }
+    let mut odd = packed.clone();
+    odd.params.insert("embed.word", Weight::Dense(Tensor::zeros(&[50, 23])));
+    refused("[50, 23]", &odd);
+    let mut odd = packed.clone();
+    odd.params.insert("encoder.0.attn.input_scale", Weight::Dense(Tensor::scalar(-1.0)));
+    refused("positive step", &odd);
+    let mut odd = packed.clone();
+    odd.attention = Some(Pattern { keep: 4, of: 4 });
+    refused("4:4", &odd);
+    let mut odd = packed.clone();
+    odd.spec.decoder = odd.spec.encoder.clone();
+    refused("later", &odd);
+    // A value that f16 cannot hold.
+    let mut large = dense(BERT, HEADS[0], 2);
+    let Some(Weight::Dense(t)) = large.params.get_mut("encoder.0.attn.q.weight") else { panic!() };
+    t.f32_mut()[0] = 1e6;
+    prune(&mut large);
+    let e = large.packed().unwrap_err().to_string();
+    assert!(e.contains("encoder.0.attn.q.weight") && e.contains("row 0, group 0"), "{e}");
+    let mut large = dense(BERT, HEADS[0], 2);
+    let Some(Weight::Dense(t)) = large.params.get_mut("embed.word") else { panic!() };
+    t.f32_mut()[0] = 1e6;
+    prune(&mut large);
+    let e = large.packed().unwrap_err().to_string();
+    assert!(e.contains("embed.word") && e.contains("f16"), "{e}");
+}
+
+/// What the engine may not know, so that it stays fit for deployment.
+#[test]
+fn the_engine_knows_no_training() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/engine");
+    let mut files = 0;
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|e| e == "rs") {
+            files += 1;
+            let text = std::fs::read_to_string(&path).unwrap();
+            for word in ["Tape", "Var", "train", "distill"] {
+                let code = text.lines().filter(|l| !l.trim_start().starts_with("//"));
+                let found = code.flat_map(|l| l.split(|c: char| !c.is_alphanumeric() && c != '_'));
+                assert!(!found.into_iter().any(|w| w == word), "{} uses `{word}`", path.display());
+            }
+        }
+    }
+    assert!(files >= 2, "the engine's sources were not found");
+}
+
+/// A real checkpoint, if there is one (`GPUSQ_MINILM_DIR`).
+#[test]
+fn minilm_answers_alike() {
+    let dir = std::env::var_os("GPUSQ_MINILM_DIR");
+    let Some(dir) = dir.as_deref().map(Path::new) else {
+        println!("skipped: GPUSQ_MINILM_DIR is not set");
+        return;
+    };
+    let mut model = Model::load(dir).unwrap();
+    model.set_head(HeadKind::Classes(2), 1).unwrap();
+    let vocab = model.spec.vocab;
+    prune(&mut model);
+    let samples: Vec<Inputs> = (0..3).map(|i| inputs(4, 32, vocab, 1, true, i)).collect();
+    quantise(&mut model, &samples, true);
+    let loaded = through_disk(&model.packed().unwrap());
+    let engine = Engine::load(&loaded).unwrap();
+    for i in 0..6 {
+        let inputs = inputs(1 + i % 4, 16 + 20 * i, vocab, 1, i % 2 == 0, 100 + i as u64);
+        same_bits("logits", &engine.run(&inputs).unwrap(), &logits(&model, &inputs));
+    }
+}
