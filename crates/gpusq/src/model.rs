@@ -151,6 +151,34 @@ impl Model {
         Ok(model)
     }
 
+    /// A dense model of the specification in `config` with random weights: matrices normal with standard
+    /// deviation 0.02 from `seed`, norms 1, biases 0.
+    ///
+    /// # Errors
+    /// A configuration that no family accepts.
+    pub fn random(config: Config, seed: u64) -> Result<Model> {
+        let spec = (arch::find(&config)?.spec)(&config)?;
+        let mut params = Params::new();
+        for (i, (name, shape)) in spec.weights().into_iter().enumerate() {
+            let value = match shape.len() {
+                2 => gpusq_tensor::normal(&shape, 0.02, seed.wrapping_mul(1_000_003).wrapping_add(i as u64)),
+                _ if name.ends_with("norm.weight") => Tensor::full(&shape, 1.0),
+                _ => Tensor::zeros(&shape),
+            };
+            params.insert(name, Weight::Dense(value));
+        }
+        Ok(Model {
+            spec,
+            params,
+            config,
+            stage: Stage::Dense,
+            attention: None,
+            task: None,
+            fresh: Vec::new(),
+            unused: Vec::new(),
+        })
+    }
+
     fn read_checkpoint(&mut self, dir: &Path) -> Result<()> {
         let checkpoint = Checkpoint::open(dir)?;
         let arch = arch::find(&self.config)?;
@@ -395,7 +423,9 @@ impl Model {
                     self.params.remove(name);
                 }
             }
+            // Read back, so that what depends on the head (its dropout) is as it will be after loading.
             self.config.json = arch::with_head(&self.config, &self.spec)?;
+            self.spec = (arch.spec)(&self.config)?;
         }
         let shapes: BTreeMap<String, Vec<usize>> = self.spec.weights().into_iter().collect();
         self.fresh.clear();
