@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::arch::{self, Config, Entry, Layout};
 use crate::format::atomic::write_file;
+pub use crate::format::packed::PACKED_FILE;
 use crate::format::packed::{pack_f16, pack_int8, read_packed, round_dense, write_packed};
 use crate::format::safetensors::{Checkpoint, check_finite, write_safetensors};
 use crate::params::{Params, Weight};
@@ -87,8 +88,6 @@ struct Manifest {
 
 /// The version of `gpusq.json` this program writes and reads.
 const MANIFEST_VERSION: u32 = 1;
-/// File of a packed model's tensors.
-pub const PACKED_FILE: &str = "model.gpusq.safetensors";
 /// File that says which stage wrote a folder; written last, so that a folder without it is not finished.
 pub const MANIFEST_FILE: &str = "gpusq.json";
 /// Folder of a run that is not finished.

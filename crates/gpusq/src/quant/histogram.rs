@@ -1,6 +1,8 @@
 //! The distribution of an activation's magnitudes, gathered over batches in constant memory.
 
-use super::{Method, QMAX, SMALLEST, best};
+use gpusq_tensor::ops::lsq::{QMAX, code};
+
+use super::{Method, SMALLEST, best};
 
 /// Sixteen bins to a quantisation step at absmax.
 const BINS: usize = 2048;
@@ -58,7 +60,7 @@ impl Histogram {
                 let mut error = 0.0;
                 for (i, &n) in self.counts.iter().enumerate().filter(|(_, n)| **n > 0) {
                     let v = (i as f32 + 0.5) * width;
-                    let e = (v - (v / s).round_ties_even().min(QMAX) * s) as f64;
+                    let e = (v - code(v, s) * s) as f64;
                     error += n as f64 * e * e;
                 }
                 error
