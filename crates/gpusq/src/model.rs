@@ -267,7 +267,7 @@ impl Model {
     /// What writing meets; files already written whole stay, and none is left half-written.
     pub fn save(&self, dir: &Path, tokenizer: Option<&Path>) -> Result<()> {
         if self.stage.packed() {
-            write_packed(&dir.join(PACKED_FILE), &self.params, &BTreeMap::new())?;
+            write_packed(dir.join(PACKED_FILE), &self.params, &BTreeMap::new())?;
         } else {
             let tensors = self.to_checkpoint(&|name| match self.params.get(name)? {
                 Weight::Dense(t) => Some(t.clone()),
@@ -441,7 +441,7 @@ pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
 
 /// Why a linear map is not compressed; `None` if it is (DESIGN: input width a multiple of 4).
 pub fn compressible(linear: &Linear) -> Option<String> {
-    (linear.cols % 4 != 0).then(|| format!("input width {} is not a multiple of 4", linear.cols))
+    (!linear.cols.is_multiple_of(4)).then(|| format!("input width {} is not a multiple of 4", linear.cols))
 }
 
 /// `value * mask` with +0 in every dropped place.
