@@ -92,6 +92,9 @@ mod tests {
         // 99.9 % of a normal distribution lies within 3.29 deviations; a bin is 0.06 wide here.
         let p = h.scale(Method::Percentile(99.9)) * 127.0;
         assert!((3.2..3.5).contains(&p), "{p}");
-        assert!(h.scale(Method::Mse) < 0.5 * 100.0 / 127.0);
+        // At a fraction f of absmax's step s, rounding costs n (f s)^2 / 12 = 5160 f^2 and clipping the outlier
+        // 10^4 (1 - f)^2: least at 0.66. (Clipping at 3.3 deviations would cost more than it saves.)
+        let fraction = h.scale(Method::Mse) * 127.0 / 100.0;
+        assert!((0.62..0.70).contains(&fraction), "{fraction}");
     }
 }
