@@ -1,4 +1,5 @@
 //! `gpusq`: compress transformer language models to 2:4 sparse INT8 and run them.
+#![forbid(unsafe_code)]
 
 mod args;
 mod demo;

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::arch::{self, Config, Entry, Layout};
 use crate::format::atomic::write_file;
+pub use crate::format::packed::PACKED_FILE;
 use crate::format::packed::{pack_f16, pack_int8, read_packed, round_dense, write_packed};
 use crate::format::safetensors::{Checkpoint, check_finite, write_safetensors};
 use crate::params::{Params, Weight};
@@ -87,8 +88,6 @@ struct Manifest {
 
 /// The version of `gpusq.json` this program writes and reads.
 const MANIFEST_VERSION: u32 = 1;
-/// File of a packed model's tensors.
-pub const PACKED_FILE: &str = "model.gpusq.safetensors";
 /// File that says which stage wrote a folder; written last, so that a folder without it is not finished.
 pub const MANIFEST_FILE: &str = "gpusq.json";
 /// Folder of a run that is not finished.
@@ -296,7 +295,7 @@ impl Model {
     /// What writing meets; files already written whole stay, and none is left half-written.
     pub fn save(&self, dir: &Path, tokenizer: Option<&Path>) -> Result<()> {
         if self.stage.packed() {
-            write_packed(&dir.join(PACKED_FILE), &self.params, &BTreeMap::new())?;
+            write_packed(dir.join(PACKED_FILE), &self.params, &BTreeMap::new())?;
         } else {
             let tensors = self.to_checkpoint(&|name| match self.params.get(name)? {
                 Weight::Dense(t) => Some(t.clone()),
@@ -472,7 +471,7 @@ pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
 
 /// Why a linear map is not compressed; `None` if it is (DESIGN: input width a multiple of 4).
 pub fn compressible(linear: &Linear) -> Option<String> {
-    (linear.cols % 4 != 0).then(|| format!("input width {} is not a multiple of 4", linear.cols))
+    (!linear.cols.is_multiple_of(4)).then(|| format!("input width {} is not a multiple of 4", linear.cols))
 }
 
 /// `value * mask` with +0 in every dropped place.
