@@ -10,7 +10,11 @@ fn demo_keeps_the_score_and_packed_equals_fake_quantised() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("demo");
     let start = Instant::now();
-    let run = Command::new(env!("CARGO_BIN_EXE_gpusq")).args(["demo", "--json", "--out"]).arg(&out).output().unwrap();
+    let run = Command::new(env!("CARGO_BIN_EXE_gpusq"))
+        .args(["demo", "--json", "--out"])
+        .arg(&out)
+        .output()
+        .unwrap();
     assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
     let text = String::from_utf8(run.stdout).unwrap();
     let events: Vec<Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
@@ -33,7 +37,9 @@ fn demo_keeps_the_score_and_packed_equals_fake_quantised() {
     assert_eq!(of("2:4 INT8").len(), 2);
     assert_eq!(of("2:4 INT8"), of("2:4 INT8 (packed)"));
 
-    for file in ["report.html", "run.json", "compressed/packed/model.gpusq.safetensors", "compressed/report.html"] {
+    for file in
+        ["report.html", "run.json", "compressed/packed/model.gpusq.safetensors", "compressed/report.html"]
+    {
         assert!(out.join(file).is_file(), "{file} is missing");
     }
     let page = std::fs::read_to_string(out.join("report.html")).unwrap();

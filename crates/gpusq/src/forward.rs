@@ -337,10 +337,6 @@ impl Forward<'_> {
 
     fn head(&self, hidden: &Var, tokens: &Tokens) -> Var {
         let drop = self.spec.last_stack().dropout.head;
-        let by_token = |v: Var, width: usize| -> Var {
-            debug_assert_eq!(v.value().width(), width);
-            v
-        };
         match &self.spec.head {
             Head::None => hidden.clone(),
             Head::Classify { dense, .. } => {
@@ -350,18 +346,21 @@ impl Forward<'_> {
                     let y = self.linear("head.dense", &self.input("head.dense", &x), true);
                     x = activation(self.tape, &y, *function);
                 }
-                let x = dropout(self.tape, &x, drop);
+                // Dropout scales what it keeps by 1/(1-p): behind a saturated tanh that leaves the range the
+                // step size was calibrated for, all of it is clipped, and no gradient reaches the model.
+                if !self.bound.leaves.contains_key("head.out.input_scale") {
+                    x = dropout(self.tape, &x, drop);
+                }
                 self.linear("head.out", &self.input("head.out", &x), true)
             }
-            Head::Span => by_token(self.linear("head.out", &self.input("head.out", hidden), true), 2),
+            Head::Span => self.linear("head.out", &self.input("head.out", hidden), true),
             Head::LanguageModel { tied, bias } => {
-                let y = if *tied {
+                if *tied {
                     let bias = bias.then(|| self.bound.plain("head.out.bias"));
                     linear(self.tape, hidden, self.bound.plain("embed.word"), bias)
                 } else {
                     self.linear("head.out", &self.input("head.out", hidden), *bias)
-                };
-                by_token(y, self.spec.vocab)
+                }
             }
         }
     }

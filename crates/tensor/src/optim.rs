@@ -49,8 +49,11 @@ impl AdamW {
     pub fn update_positive(&self, param: &mut Tensor, grad: &Tensor, moments: &mut Moments) {
         let of_log = grad.f32().iter().zip(param.f32()).map(|(g, p)| g * p).collect();
         let grad = Tensor::from_f32(of_log, grad.shape());
+        // The gradient of a step size is scaled by 1/sqrt(n * 127) and by the step size itself: usually below
+        // 1e-8, where `eps` would swallow the update. It only has to prevent 0 / 0 here.
+        let fine = AdamW { eps: 1e-15, ..*self };
         // A step below the smallest normal number would divide to infinity in the quantiser.
-        self.apply(param, &grad, moments, |p, lr, delta, _| (p * (-lr * delta).exp()).clamp(1e-30, 1e30));
+        fine.apply(param, &grad, moments, |p, lr, delta, _| (p * (-lr * delta).exp()).clamp(1e-30, 1e30));
     }
 
     fn apply(
@@ -170,6 +173,20 @@ mod tests {
         }
         assert!(s.f32().iter().all(|&s| s > 0.0 && s.is_finite()), "{:?}", s.f32());
         assert!(s.f32()[0] < 0.01 && s.f32()[1] > 0.01 && s.f32()[2] == 0.01);
+    }
+
+    #[test]
+    fn tiny_gradients_move_positive_parameters_as_far_as_large_ones() {
+        let step = |g: f32| {
+            let (mut s, mut moments) = (Tensor::full(&[1], 0.01), Moments::new(&[1]));
+            AdamW { learning_rate: 1e-3, ..STEP }.update_positive(
+                &mut s,
+                &Tensor::full(&[1], g),
+                &mut moments,
+            );
+            s.item()
+        };
+        assert!((step(1e-9) / step(1.0) - 1.0).abs() < 1e-5 && step(1e-9) < 0.01);
     }
 
     #[test]

@@ -1,0 +1,205 @@
+//! The training loop and the stages on a model small enough to run in a second: what is learned, what stays
+//! fixed, what a resumed run repeats.
+
+use std::path::Path;
+
+use gpusq::arch::Config as ModelConfig;
+use gpusq::compress::{calibration, prune_weights};
+use gpusq::config::{Config, Fit};
+use gpusq::distill::Mix;
+use gpusq::forward::Inputs;
+use gpusq::model::{Model, Stage};
+use gpusq::params::Weight;
+use gpusq::quant::calibrate;
+use gpusq::task::{Dataset, Example, HeadKind, Scores, Split, Target};
+use gpusq::train::batch::collate;
+use gpusq::train::{Event, Recipe, State, fit};
+
+/// 64 examples: the class is whether token 5 comes before token 6.
+fn data() -> Dataset {
+    let examples = (0..64u32)
+        .map(|i| {
+            let first = i % 2 == 0;
+            let (a, b) = if first { (5, 6) } else { (6, 5) };
+            let mut ids = vec![2, 7 + i % 3, 10 + i % 5, 15 + i % 7, 3];
+            ids.insert(1 + (i as usize / 2) % 2, a);
+            ids.insert(3 + (i as usize / 4) % 2, b);
+            Example { types: vec![0; ids.len()], ids, target: Target::Class(first as u32) }
+        })
+        .collect();
+    let scorer = |e: &[Example], o: &[Vec<f32>]| {
+        let right = e.iter().zip(o).filter(|(e, o)| e.target == Target::Class((o[1] > o[0]) as u32)).count();
+        Scores(vec![("accuracy".into(), 100.0 * right as f64 / e.len() as f64)])
+    };
+    Dataset::new("toy", Split::Train, HeadKind::Classes(2), examples, scorer)
+}
+
+fn dense() -> Model {
+    let text = r#"{"model_type":"bert","architectures":["BertModel"],"vocab_size":24,"hidden_size":32,
+        "num_hidden_layers":2,"num_attention_heads":4,"intermediate_size":64,"max_position_embeddings":16,
+        "hidden_dropout_prob":0.1,"attention_probs_dropout_prob":0.1}"#;
+    let mut m = Model::random(ModelConfig::parse(Path::new("config.json"), text).unwrap(), 3).unwrap();
+    m.set_head(HeadKind::Classes(2), 3).unwrap();
+    m
+}
+
+fn settings(epochs: usize, rate: f64) -> Fit {
+    Fit { epochs, batch_size: 8, learning_rate: rate, log_every: 4, ..Fit::default() }
+}
+
+fn recipe<'a>(fit: &'a Fit, mix: Mix, teacher: Option<&'a Model>) -> Recipe<'a> {
+    Recipe {
+        optimizer: fit,
+        mix,
+        teacher,
+        scale_learning_rate: 1e-3,
+        mask_update_every: 0,
+        stop_loss: None,
+        seed: 5,
+        checkpoint: None,
+        pad: 0,
+    }
+}
+
+const MIX: Mix = Mix { alpha: 1.0, beta: 10.0, gamma: 1.0, temperature: 2.0, attention_features: true };
+
+fn samples(d: &Dataset) -> Vec<Inputs> {
+    let all: Vec<usize> = (0..d.examples.len()).collect();
+    all.chunks(16).map(|w| collate(&d.examples, w, d.head, 0).inputs).collect()
+}
+
+fn pruned(from: &Model, d: &Dataset, criterion: &str) -> Model {
+    let mut c = Config::default();
+    c.set("prune.criterion", criterion).unwrap();
+    c.set("prune.attention", "2:4").unwrap();
+    let mut m = from.clone();
+    prune_weights(&mut m, &c.prune, &samples(d)).unwrap();
+    m
+}
+
+#[test]
+fn all_stages_learn_and_keep_their_constraints() {
+    let d = data();
+    let mut teacher = dense();
+    let f = settings(30, 2e-3);
+    let report = fit(&mut teacher, &d, &recipe(&f, Mix::HARD, None), State::default(), &mut |_| {}).unwrap();
+    let (first, last) = (report.curve[0].terms, report.curve.last().unwrap().terms);
+    assert!(last.total < 0.5 * first.total, "{first:?} {last:?}");
+
+    let mut sparse = pruned(&teacher, &d, "magnitude");
+    let masks = |m: &Model| -> Vec<gpusq::tensor::Tensor> {
+        m.params
+            .iter()
+            .filter_map(|(_, w)| match w {
+                Weight::Masked { mask, .. } | Weight::Fake { mask, .. } => Some(mask.clone()),
+                _ => None,
+            })
+            .collect()
+    };
+    let before = masks(&sparse);
+    assert_eq!(before.len(), teacher.spec.linears().len());
+    let f = settings(10, 1e-3);
+    let report =
+        fit(&mut sparse, &d, &recipe(&f, MIX, Some(&teacher)), State::default(), &mut |_| {}).unwrap();
+    let (first, last) = (report.curve[0].terms, report.curve.last().unwrap().terms);
+    assert!(last.soft < first.soft && last.feature < first.feature, "{first:?} {last:?}");
+    assert_eq!(before, masks(&sparse), "masks are fixed");
+    for (name, w) in sparse.params.iter() {
+        if let Weight::Masked { value, mask } = w {
+            let dropped = value.f32().iter().zip(mask.u8()).filter(|(_, m)| **m == 0);
+            assert!(dropped.into_iter().all(|(v, _)| *v == 0.0), "{name}: a dropped weight moved");
+        }
+    }
+
+    let mut quantized = sparse.clone();
+    let errors = calibrate(&mut quantized, &samples(&d), &calibration(&Config::default().quantize));
+    assert_eq!(errors.len(), before.len());
+    assert!(errors.iter().all(|e| e.relative_rms > 0.0 && e.relative_rms < 0.02), "{errors:?}");
+    let scales = |m: &Model| -> Vec<(String, f32)> {
+        let of = |n: &str| (n.to_string(), m.params.dense(n).item());
+        m.params.iter().filter(|(n, _)| n.ends_with("put_scale")).map(|(n, _)| of(n)).collect()
+    };
+    let start = scales(&quantized);
+    fit(&mut quantized, &d, &recipe(&f, MIX, Some(&sparse)), State::default(), &mut |_| {}).unwrap();
+    let learned = scales(&quantized);
+    assert!(learned.iter().all(|s| s.1 > 0.0), "{learned:?}");
+    let still: Vec<_> = start.iter().zip(&learned).filter(|(a, b)| a == b).collect();
+    assert!(still.is_empty(), "step sizes that were not learned: {still:?}");
+    assert_eq!(quantized.stage, Stage::Quantized);
+    assert_eq!(before, masks(&quantized));
+}
+
+#[test]
+fn a_resumed_run_has_the_bits_of_an_uninterrupted_one() {
+    let d = data();
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("state.safetensors");
+    let f = Fit { checkpoint_every: 10, ..settings(4, 1e-3) };
+    let teacher = dense();
+    let mut stages = vec![(dense(), Mix::HARD, None), (pruned(&teacher, &d, "wanda"), MIX, Some(&teacher))];
+    let mut quantized = pruned(&teacher, &d, "magnitude");
+    calibrate(&mut quantized, &samples(&d), &calibration(&Config::default().quantize));
+    stages.push((quantized, MIX, Some(&teacher)));
+    for (start, mix, teacher) in stages {
+        let saving = Recipe { checkpoint: Some((file.clone(), 10)), ..recipe(&f, mix, teacher) };
+        let mut whole = start.clone();
+        let all = fit(&mut whole, &d, &saving, State::default(), &mut |_| {}).unwrap();
+        // The file now holds step 30 of 32, as if the run had been killed after it.
+        let mut again = start.clone();
+        let state = State::load(&file, &mut again.params).unwrap();
+        assert_eq!(state.progress.step, 30);
+        let rest = fit(&mut again, &d, &saving, state, &mut |_| {}).unwrap();
+        assert_eq!(whole.params, again.params);
+        assert_eq!(all.curve, rest.curve);
+        std::fs::remove_file(&file).unwrap();
+    }
+}
+
+#[test]
+fn masks_move_only_where_asked() {
+    let d = data();
+    let teacher = dense();
+    let mut c = Config::default();
+    c.set("prune.mask_update_every", "4").unwrap();
+    let mut m = teacher.clone();
+    prune_weights(&mut m, &c.prune, &[]).unwrap();
+    let mask = |m: &Model| match m.params.get("encoder.0.ffn.in.weight") {
+        Some(Weight::Masked { mask, .. }) => mask.clone(),
+        _ => panic!("not masked"),
+    };
+    let before = mask(&m);
+    let f = settings(10, 5e-3);
+    let how = Recipe { mask_update_every: 4, ..recipe(&f, MIX, Some(&teacher)) };
+    fit(&mut m, &d, &how, State::default(), &mut |_| {}).unwrap();
+    assert_ne!(before, mask(&m));
+    assert!(mask(&m).u8().chunks(4).all(|g| g.iter().map(|&x| x as u32).sum::<u32>() == 2), "still 2:4");
+}
+
+#[test]
+fn a_stage_stops_when_its_running_loss_is_low_enough() {
+    let d = data();
+    let mut m = dense();
+    let f = settings(30, 2e-3);
+    let mut stopped = None;
+    let how = Recipe { stop_loss: Some(0.6), ..recipe(&f, Mix::HARD, None) };
+    let report = fit(&mut m, &d, &how, State::default(), &mut |e| {
+        if let Event::Stopped { step, running } = e {
+            stopped = Some((step, running));
+        }
+    });
+    let (step, running) = stopped.expect("the loss falls below 0.6");
+    assert!(running < 0.6 && step < 240 && report.unwrap().steps == step);
+}
+
+#[test]
+fn a_loss_that_is_not_finite_is_an_error_with_advice() {
+    let d = data();
+    let mut m = dense();
+    let f = Fit { max_grad_norm: None, warmup: 0.0, ..settings(5, 1.0) };
+    let mut poisoned = m.params.dense("embed.word").clone();
+    poisoned.f32_mut()[5 * 32] = f32::INFINITY;
+    m.params.insert("embed.word", Weight::Dense(poisoned));
+    let e =
+        fit(&mut m, &d, &recipe(&f, Mix::HARD, None), State::default(), &mut |_| {}).unwrap_err().to_string();
+    assert!(e.contains("step 1") && e.contains("learning rate"), "{e}");
+}
