@@ -55,6 +55,7 @@ fn hint(source: &std::io::Error) -> &'static str {
             "; free some space or choose another --out, nothing was left half-written"
         }
         std::io::ErrorKind::NotFound => "; check the path",
+        std::io::ErrorKind::PermissionDenied => "; you may not read or write it, change its permissions",
         _ => "",
     }
 }

@@ -94,7 +94,7 @@ pub const MANIFEST_FILE: &str = "gpusq.json";
 /// Folder of a run that is not finished.
 pub const STATE_DIR: &str = "state";
 /// Tokenizer files that go wherever a model goes.
-const TOKENIZER_FILES: &[&str] = &[
+pub(crate) const TOKENIZER_FILES: &[&str] = &[
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.txt",
@@ -116,17 +116,29 @@ impl Model {
                 "is not a folder; a model is a folder with config.json and model.safetensors",
             ));
         }
-        if dir.join(STATE_DIR).is_dir() && !dir.join(MANIFEST_FILE).exists() {
+        let unfinished = dir.join(STATE_DIR).is_dir() || dir.join(PACKED_FILE).exists();
+        if unfinished && !dir.join(MANIFEST_FILE).exists() {
             return Err(Error::file(
                 dir,
                 "holds a run that is not finished; continue it with --resume first",
             ));
         }
+        if !dir.join("config.json").exists() {
+            let message = match dir.join("quantized").is_dir() || dir.join("pruned").is_dir() {
+                true => {
+                    "has no config.json; of a compressed model, give one of the folders in it, such as packed"
+                }
+                false => "has no config.json; a model is a folder with config.json and model.safetensors",
+            };
+            return Err(Error::file(dir, message));
+        }
         let config = Config::read(dir)?;
         let spec = (arch::find(&config)?.spec)(&config)?;
         let (stage, attention, task) = match Manifest::read(dir)? {
             Some(m) => {
-                let pattern = m.attention.as_deref().map(str::parse).transpose()?;
+                let pattern = m.attention.as_deref().map(str::parse).transpose();
+                let pattern = pattern
+                    .map_err(|e: Error| Error::file(dir.join(MANIFEST_FILE), format!("`attention`: {e}")))?;
                 (m.stage, pattern, m.task)
             }
             None => (Stage::Dense, None, None),
@@ -422,15 +434,26 @@ impl Manifest {
             return Ok(None);
         }
         let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+        Self::parse(&path, &text).map(Some)
+    }
+
+    fn parse(path: &Path, text: &str) -> Result<Manifest> {
         let version =
-            serde_json::from_str::<serde_json::Value>(&text).ok().and_then(|v| v["format_version"].as_u64());
+            serde_json::from_str::<serde_json::Value>(text).ok().and_then(|v| v["format_version"].as_u64());
         if version.is_some_and(|v| v != MANIFEST_VERSION as u64) {
-            let message =
-                format!("has format_version {}; this program reads {MANIFEST_VERSION}", version.unwrap_or(0));
+            let message = format!(
+                "has format_version {}; this program reads {MANIFEST_VERSION}, use a newer one",
+                version.unwrap_or(0)
+            );
             return Err(Error::file(path, message));
         }
-        let parsed = serde_json::from_str(&text).map_err(|e| Error::line(&path, e.line(), e.to_string()))?;
-        Ok(Some(parsed))
+        serde_json::from_str(text).map_err(|e| {
+            Error::line(
+                path,
+                e.line(),
+                format!("not a manifest of gpusq: {e}; copy the folder again from its source"),
+            )
+        })
     }
 }
 

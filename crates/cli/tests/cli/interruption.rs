@@ -1,0 +1,221 @@
+//! Runs that are killed or run out of disk continue to the same bytes, and never leave a broken file.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use gpusq::format::safetensors::Checkpoint;
+
+use crate::tiny::{assert_same, compressed, dense, finish, model, program, run, start, train, tree};
+
+fn resumed(args: &[String]) -> Vec<String> {
+    [args, &["--resume".into()]].concat()
+}
+
+#[test]
+fn a_run_killed_in_each_stage_continues_to_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    for (command, from, stage, whole) in [
+        ("finetune", model(), "dense", dense()),
+        ("compress", dense(), "2:4", compressed()),
+        ("compress", dense(), "2:4 INT8", compressed()),
+    ] {
+        let out = dir.path().join(stage.replace([' ', ':'], "-"));
+        let args = train(command, &from, &out);
+        let mut first = start(&args);
+        first.wait_for(|e| e["event"] == "saved" && e["stage"] == stage && e["step"] == 8);
+        // Two steps behind the checkpoint: they are taken again.
+        first.wait_for(|e| e["event"] == "step" && e["step"] == 10);
+        assert!(first.kill());
+        let done = run(&resumed(&args));
+        done.ok();
+        let at = done.events().into_iter().rfind(|e| e["event"] == "stage" && e["stage"] == stage).unwrap();
+        assert_eq!(at["done"].as_u64().unwrap() / 4 * 4, at["done"].as_u64().unwrap());
+        assert!(at["done"].as_u64().unwrap() >= 8, "{at}");
+        assert_same(&out, &whole);
+    }
+}
+
+/// Every file under a final name is whole.
+fn assert_nothing_broken(out: &Path) {
+    for (name, bytes) in tree(out) {
+        let file = Path::new(&name).file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if file.starts_with('.') || name.ends_with('/') {
+            continue;
+        }
+        if file.ends_with(".safetensors") {
+            Checkpoint::open_file(out.join(&name)).unwrap();
+        } else if file.ends_with(".json") {
+            serde_json::from_slice::<serde_json::Value>(&bytes).unwrap();
+        }
+    }
+}
+
+#[test]
+fn kills_at_any_moment_break_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let args = resumed(&train("compress", &dense(), &out));
+    // Times spread from before the folder is made to the last stage, by a fixed rule (multiples of the
+    // golden ratio), so that a failure repeats as far as times can.
+    let mut killed = 0;
+    for i in 1..=12u32 {
+        let part = f64::from(i) * 0.618_034 % 1.0;
+        let child = start(&args);
+        std::thread::sleep(Duration::from_secs_f64(0.02 + 0.6 * part));
+        killed += u32::from(child.kill());
+        assert_nothing_broken(&out);
+    }
+    assert!(killed >= 3, "the machine is too quick for this test: {killed} kills");
+    run(&args).ok();
+    assert_same(&out, &compressed());
+}
+
+#[test]
+fn a_finished_run_says_so_and_stays_as_it_is() {
+    let out = compressed();
+    let args = resumed(&train("compress", &dense(), &out));
+    let before = tree(&out);
+    let done = run(&args);
+    done.ok();
+    let record: serde_json::Value = serde_json::from_slice(&before["run.json"]).unwrap();
+    let of = |stages: &serde_json::Value| -> Vec<serde_json::Value> {
+        stages.as_array().unwrap().iter().map(|s| s["scores"].clone()).collect()
+    };
+    assert_eq!(of(&done.event("finished")["stages"]), of(&record["stages"]));
+    assert!(tree(&out) == before);
+    let plain: Vec<String> = args.into_iter().filter(|a| a != "--json").collect();
+    assert!(run(&plain).stdout.contains("finished"));
+}
+
+#[test]
+fn resuming_another_run_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let args = train("prune", &dense(), &out);
+    let mut first = start(&args);
+    first.wait_for(|e| e["event"] == "saved");
+    assert!(first.kill());
+    let before = tree(&out);
+    let with = |more: &[&str]| {
+        [&resumed(&args)[..], &more.iter().map(|s| s.to_string()).collect::<Vec<_>>()].concat()
+    };
+    let toml = out.join("gpusq.toml");
+    let file = toml.to_str().unwrap();
+    run(&with(&["--learning-rate", "1e-4"]))
+        .fails(1, &[file, "learning_rate = 0.001", "learning_rate = 0.0001"]);
+    run(&with(&["--seed", "3"])).fails(1, &[file, "seed = 42", "seed = 3"]);
+    run(&resumed(&train("compress", &dense(), &out)))
+        .fails(1, &[file, "command: prune", "command: compress"]);
+    let other = dir.path().join("other");
+    crate::tiny::copy(&dense(), &other);
+    let weights = other.join("model.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    // The lowest bit of the last weight.
+    let last = bytes.len() - 4;
+    bytes[last] ^= 1;
+    std::fs::write(&weights, bytes).unwrap();
+    run(&resumed(&train("prune", &other, &out))).fails(1, &[file, "model: bert, digest"]);
+    let mut after = tree(&out);
+    let mut before = before;
+    // The lock of the killed run is gone; all else stays.
+    after.remove("state/lock");
+    before.remove("state/lock");
+    assert!(after == before);
+    run(&resumed(&args)).ok();
+}
+
+#[test]
+fn resuming_where_nothing_is_starts_a_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("new/out");
+    run(&resumed(&train("prune", &dense(), &out))).ok();
+    crate::tiny::assert_same_stage(&out, &compressed().join("pruned"));
+}
+
+/// A small disk of its own, where the tests may mount one.
+struct Disk(PathBuf);
+
+impl Disk {
+    fn mount(at: PathBuf, kib: u32) -> Option<Disk> {
+        std::fs::create_dir_all(&at).unwrap();
+        let mount = std::process::Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={kib}k"), "tmpfs"])
+            .arg(&at)
+            .stderr(std::process::Stdio::null())
+            .status();
+        if !mount.is_ok_and(|s| s.success()) {
+            println!("skipped: no small disk can be mounted here (needs root)");
+            return None;
+        }
+        Some(Disk(at))
+    }
+
+    /// Leaves `kib` free.
+    fn fill(&self, kib: u64) -> PathBuf {
+        let free = gpusq::format::atomic::free_space(&self.0).unwrap();
+        let path = self.0.join("filler");
+        std::fs::write(&path, vec![0u8; (free.saturating_sub(kib * 1024)) as usize]).unwrap();
+        path
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_full_disk_while_saving_keeps_what_was_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(disk) = Disk::mount(dir.path().join("disk"), 4096) else { return };
+    // In the middle of a checkpoint.
+    let out = disk.0.join("out");
+    let args = train("finetune", &model(), &out);
+    let mut first = start(&args);
+    first.wait_for(|e| e["event"] == "saved");
+    let filler = disk.fill(16);
+    let mut failed = false;
+    first.wait_for_end(|e| {
+        failed |= e["event"] == "error" && e["message"].as_str().unwrap().contains("free some space")
+    });
+    assert!(failed);
+    let state = out.join("state/train.safetensors");
+    Checkpoint::open_file(&state).unwrap();
+    let left: Vec<String> = tree(&out).into_keys().filter(|n| !n.starts_with("gpusq.toml")).collect();
+    assert_eq!(left, ["state/", "state/train.safetensors"], "nothing half-written");
+    run(&["inspect".into(), out.to_str().unwrap().into(), "--json".into()])
+        .fails(1, &["not finished", "--resume"]);
+    std::fs::remove_file(&filler).unwrap();
+    run(&resumed(&args)).ok();
+    assert_same(&out, &dense());
+    std::fs::remove_dir_all(&out).unwrap();
+
+    // In the middle of the model at the end.
+    let args = [&args[..], &["--checkpoint-every".into(), "0".into()]].concat();
+    let mut first = start(&args);
+    first.wait_for(|e| e["event"] == "step");
+    let filler = disk.fill(16);
+    let mut failed = false;
+    first.wait_for_end(|e| {
+        let text = e["message"].as_str().unwrap_or_default();
+        failed |=
+            e["event"] == "error" && text.contains("model.safetensors") && text.contains("free some space");
+    });
+    assert!(failed);
+    assert!(!out.join("model.safetensors").exists() && !out.join("gpusq.json").exists());
+    assert!(tree(&out).keys().all(|n| !n.contains(".tmp")));
+    std::fs::remove_file(&filler).unwrap();
+    run(&resumed(&args)).ok();
+    assert!(
+        std::fs::read(out.join("model.safetensors")).unwrap()
+            == std::fs::read(dense().join("model.safetensors")).unwrap()
+    );
+    std::fs::remove_dir_all(&out).unwrap();
+
+    // Known before it starts.
+    let filler = disk.fill(64);
+    finish(&mut program(&args)).fails(1, &[out.to_str().unwrap(), "of disk", "--out"]);
+    assert!(!out.exists());
+    std::fs::remove_file(&filler).unwrap();
+}
