@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use gpusq_tensor::Tensor;
+use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
 use crate::arch::{self, Config, Entry, Layout};
@@ -185,11 +186,12 @@ impl Model {
                 ));
             };
             used.insert(theirs.to_string());
-            let tensor = checkpoint.tensor(theirs)?;
-            if !matches!(tensor.dtype(), gpusq_tensor::DType::F32) {
-                let found = format!("holds {:?} elements; weights must be F32, F16 or BF16", tensor.dtype());
+            let dtype = checkpoint.info(theirs).expect("found by its name").dtype;
+            if !matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+                let found = format!("holds {dtype:?} elements; weights must be F32, F16 or BF16");
                 return Err(Error::tensor(checkpoint.path(), theirs, found));
             }
+            let tensor = checkpoint.tensor(theirs)?;
             check_finite(checkpoint.path(), theirs, &tensor)?;
             // A bare BERT carries a trained pooler, which its specification has no place for until a task
             // gives it a classifier.

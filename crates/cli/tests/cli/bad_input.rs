@@ -200,13 +200,13 @@ fn spoilt_data_is_refused() {
 fn wrong_settings_are_refused() {
     let new = || Inputs::of("finetune", &model());
     let i = new();
-    i.replace("settings.toml", "epochs = 3", "epoch = 3");
+    i.replace("settings.toml", "epochs = 12", "epoch = 12");
     i.fails(1, &[&format!("{}:2:", i.path("settings.toml").display()), "epoch", "epochs"]);
     let i = new();
-    i.replace("settings.toml", "epochs = 3", "epochs = -1");
+    i.replace("settings.toml", "epochs = 12", "epochs = -1");
     i.fails(1, &[&format!("{}:2:", i.path("settings.toml").display()), "-1"]);
     let i = new();
-    i.replace("settings.toml", "epochs = 3", "epochs = [\n\"\"\"\n");
+    i.replace("settings.toml", "epochs = 12", "epochs = [\n\"\"\"\n");
     i.fails(1, &[i.path("settings.toml").to_str().unwrap(), "TOML"]);
     let more = |words: &[&str]| {
         let mut i = new();
@@ -300,7 +300,7 @@ fn eval_and_inspect_refuse_what_they_cannot_use() {
     eval(&dense(), &["--max-length", "1"]).fails(2, &["1 tokens"]);
     eval(&model(), &["--task", "sst2"])
         .fails(1, &[model().to_str().unwrap(), "no trained head", "gpusq finetune"]);
-    eval(&model(), &[]).fails(1, &["--task"]);
+    eval(&model(), &[]).fails(2, &["--task"]);
     eval(&compressed(), &[]).fails(1, &["packed"]);
 
     let dir = tempfile::tempdir().unwrap();
