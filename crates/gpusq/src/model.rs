@@ -14,6 +14,7 @@ use crate::arch::{self, Config, Entry, Layout};
 use crate::format::atomic::write_file;
 use crate::format::packed::{pack_f16, pack_int8, read_packed, round_dense, write_packed};
 use crate::format::safetensors::{Checkpoint, check_finite, write_safetensors};
+use crate::outdir::CONFIG_FILE;
 use crate::params::{Params, Weight};
 use crate::sparsity::Pattern;
 use crate::spec::{Head, Linear, TransformerSpec};
@@ -117,7 +118,10 @@ impl Model {
                 "is not a folder; a model is a folder with config.json and model.safetensors",
             ));
         }
-        let unfinished = dir.join(STATE_DIR).is_dir() || dir.join(PACKED_FILE).exists();
+        // The settings stand beside a model only where a command wrote both, and then the manifest comes last.
+        let unfinished = dir.join(STATE_DIR).is_dir()
+            || dir.join(PACKED_FILE).exists()
+            || (dir.join(CONFIG_FILE).exists() && dir.join("config.json").exists());
         if unfinished && !dir.join(MANIFEST_FILE).exists() {
             return Err(Error::file(
                 dir,

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use crate::tiny::{compressed, copy, data, dense, model, program, run, settings, start, train, tree};
+use crate::tiny::{compressed, copy, data, dense, killed, model, program, run, settings, train, tree};
 
 /// Inputs of a run, to be spoilt.
 struct Inputs {
@@ -277,10 +277,14 @@ fn an_unfinished_run_is_not_a_model() {
     let dir = tempfile::tempdir().unwrap();
     for (command, from) in [("finetune", model()), ("compress", dense())] {
         let out = dir.path().join(command);
-        let mut first = start(&train(command, &from, &out));
-        first.wait_for(|e| e["event"] == "saved");
-        assert!(first.kill());
+        killed(&train(command, &from, &out), &out, &[&|e| e["event"] == "saved"]);
         let i = Inputs::of("prune", &out);
+        i.fails(1, &[i.path("model").to_str().unwrap(), "not finished", "--resume"]);
+    }
+    // Stopped between the weights and the manifest, which comes last.
+    for from in [dense(), compressed().join("packed")] {
+        let i = Inputs::of("prune", &from);
+        fs::remove_file(i.path("model/gpusq.json")).unwrap();
         i.fails(1, &[i.path("model").to_str().unwrap(), "not finished", "--resume"]);
     }
 }

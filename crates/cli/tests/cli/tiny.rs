@@ -221,6 +221,21 @@ pub(crate) fn start(args: &[String]) -> Running {
     Running { child, lines }
 }
 
+/// Starts a run into `out`, which does not exist, and kills it after the last of `events`. Again from the
+/// start where the run was quicker than the kill.
+#[track_caller]
+pub(crate) fn killed(args: &[String], out: &Path, events: &[&dyn Fn(&Value) -> bool]) {
+    for _ in 0..10 {
+        let mut run = start(args);
+        events.iter().for_each(|e| run.wait_for(e));
+        if run.kill() {
+            return;
+        }
+        std::fs::remove_dir_all(out).unwrap();
+    }
+    panic!("the run always ended before it was killed");
+}
+
 impl Running {
     /// Waits for an event that `wanted` takes.
     #[track_caller]
@@ -247,10 +262,10 @@ impl Running {
         !self.child.wait().unwrap().success()
     }
 
-    /// Waits until it ends; gives its exit code.
-    pub(crate) fn wait(mut self) -> Option<i32> {
-        for _ in self.lines.by_ref() {}
-        self.child.wait().unwrap().code()
+    /// Holds it where it is.
+    pub(crate) fn pause(&self) {
+        let status = Command::new("kill").args(["-STOP", &self.child.id().to_string()]).status();
+        assert!(status.unwrap().success());
     }
 }
 
