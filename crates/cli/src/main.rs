@@ -1,4 +1,5 @@
 //! `gpusq`: compress transformer language models to 2:4 sparse INT8 and run them.
+#![forbid(unsafe_code)]
 
 mod args;
 mod demo;
@@ -38,8 +39,7 @@ fn main() -> ExitCode {
         other => unreachable!("command {other} has no code"),
     };
     let Err(error) = done else { return ExitCode::SUCCESS };
-    // A message is one line, whatever a name in it holds.
-    let message = error.to_string().replace(['\n', '\r'], " ");
+    let message = error.to_string();
     if m.try_get_one::<bool>("json").ok().flatten().is_some_and(|j| *j) {
         report_json(&message);
     }

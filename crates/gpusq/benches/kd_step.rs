@@ -10,10 +10,8 @@ use gpusq::arch::Config;
 use gpusq::config;
 use gpusq::distill::{Mix, Targets};
 use gpusq::forward::{Inputs, Tokens};
-use gpusq::model::{Model, Stage};
-use gpusq::params::{Params, Weight};
+use gpusq::model::Model;
 use gpusq::sparsity::Pattern;
-use gpusq::tensor::{Tensor, normal};
 use gpusq::train::batch::Batch;
 use gpusq::train::{Recipe, Stepper};
 
@@ -22,27 +20,7 @@ const CONFIG: &str = r#"{"model_type":"bert","architectures":["BertForQuestionAn
 "max_position_embeddings":512,"hidden_dropout_prob":0.0,"attention_probs_dropout_prob":0.0}"#;
 
 fn model() -> Model {
-    let config = Config::parse(Path::new("config.json"), CONFIG).unwrap();
-    let spec = (gpusq::arch::find(&config).unwrap().spec)(&config).unwrap();
-    let mut params = Params::new();
-    for (i, (name, shape)) in spec.weights().into_iter().enumerate() {
-        let t = match shape.len() {
-            2 => normal(&shape, 0.02, i as u64),
-            _ if name.contains("norm.weight") => Tensor::full(&shape, 1.0),
-            _ => Tensor::zeros(&shape),
-        };
-        params.insert(name, Weight::Dense(t));
-    }
-    Model {
-        spec,
-        params,
-        config,
-        stage: Stage::Dense,
-        attention: None,
-        task: None,
-        fresh: vec![],
-        unused: vec![],
-    }
+    Model::random(Config::parse(Path::new("config.json"), CONFIG).unwrap(), 1).unwrap()
 }
 
 fn step(c: &mut Criterion) {

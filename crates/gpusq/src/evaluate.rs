@@ -11,6 +11,9 @@ use crate::model::Model;
 use crate::task::{Dataset, HeadKind};
 use crate::train::batch::{by_length, collate};
 
+/// From inputs to logits.
+type Run<'a> = Box<dyn Fn(&Inputs) -> Result<Tensor> + 'a>;
+
 /// Logits of each example of `data`, in the layout [`Dataset::score`] takes: by the engine for a packed
 /// model, by the training forward for the others. Examples are batched by length, `batch` at a time; `watch`
 /// is told how many are done.
@@ -24,7 +27,7 @@ pub fn predict(
     pad: u32,
     watch: &mut dyn FnMut(usize),
 ) -> Result<Vec<Vec<f32>>> {
-    let run: Box<dyn Fn(&Inputs) -> Result<Tensor>> = if model.stage.packed() {
+    let run: Run = if model.stage.packed() {
         let engine = Engine::load(model)?;
         Box::new(move |inputs| engine.run(inputs))
     } else {

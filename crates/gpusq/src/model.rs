@@ -11,10 +11,11 @@ use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
 use crate::arch::{self, Config, Entry, Layout};
+use crate::config::CONFIG_FILE;
 use crate::format::atomic::write_file;
+pub use crate::format::packed::PACKED_FILE;
 use crate::format::packed::{pack_f16, pack_int8, read_packed, round_dense, write_packed};
 use crate::format::safetensors::{Checkpoint, check_finite, write_safetensors};
-use crate::outdir::CONFIG_FILE;
 use crate::params::{Params, Weight};
 use crate::sparsity::Pattern;
 use crate::spec::{Head, Linear, TransformerSpec};
@@ -89,8 +90,6 @@ struct Manifest {
 
 /// The version of `gpusq.json` this program writes and reads.
 const MANIFEST_VERSION: u32 = 1;
-/// File of a packed model's tensors.
-pub const PACKED_FILE: &str = "model.gpusq.safetensors";
 /// File that says which stage wrote a folder; written last, so that a folder without it is not finished.
 pub const MANIFEST_FILE: &str = "gpusq.json";
 /// Folder of a run that is not finished.
@@ -166,6 +165,34 @@ impl Model {
             model.read_checkpoint(dir)?;
         }
         Ok(model)
+    }
+
+    /// A dense model of the specification in `config` with random weights: matrices normal with standard
+    /// deviation 0.02 from `seed`, norms 1, biases 0.
+    ///
+    /// # Errors
+    /// A configuration that no family accepts.
+    pub fn random(config: Config, seed: u64) -> Result<Model> {
+        let spec = (arch::find(&config)?.spec)(&config)?;
+        let mut params = Params::new();
+        for (i, (name, shape)) in spec.weights().into_iter().enumerate() {
+            let value = match shape.len() {
+                2 => gpusq_tensor::normal(&shape, 0.02, seed.wrapping_mul(1_000_003).wrapping_add(i as u64)),
+                _ if name.ends_with("norm.weight") => Tensor::full(&shape, 1.0),
+                _ => Tensor::zeros(&shape),
+            };
+            params.insert(name, Weight::Dense(value));
+        }
+        Ok(Model {
+            spec,
+            params,
+            config,
+            stage: Stage::Dense,
+            attention: None,
+            task: None,
+            fresh: Vec::new(),
+            unused: Vec::new(),
+        })
     }
 
     fn read_checkpoint(&mut self, dir: &Path) -> Result<()> {
@@ -286,7 +313,7 @@ impl Model {
     /// What writing meets; files already written whole stay, and none is left half-written.
     pub fn save(&self, dir: &Path, tokenizer: Option<&Path>) -> Result<()> {
         if self.stage.packed() {
-            write_packed(&dir.join(PACKED_FILE), &self.params, &BTreeMap::new())?;
+            write_packed(dir.join(PACKED_FILE), &self.params, &BTreeMap::new())?;
         } else {
             let tensors = self.to_checkpoint(&|name| match self.params.get(name)? {
                 Weight::Dense(t) => Some(t.clone()),
@@ -413,7 +440,9 @@ impl Model {
                     self.params.remove(name);
                 }
             }
+            // Read back, so that what depends on the head (its dropout) is as it will be after loading.
             self.config.json = arch::with_head(&self.config, &self.spec)?;
+            self.spec = (arch.spec)(&self.config)?;
         }
         let shapes: BTreeMap<String, Vec<usize>> = self.spec.weights().into_iter().collect();
         self.fresh.clear();
@@ -471,7 +500,7 @@ pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
 
 /// Why a linear map is not compressed; `None` if it is (DESIGN: input width a multiple of 4).
 pub fn compressible(linear: &Linear) -> Option<String> {
-    (linear.cols % 4 != 0).then(|| format!("input width {} is not a multiple of 4", linear.cols))
+    (!linear.cols.is_multiple_of(4)).then(|| format!("input width {} is not a multiple of 4", linear.cols))
 }
 
 /// `value * mask` with +0 in every dropped place.

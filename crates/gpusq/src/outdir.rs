@@ -7,14 +7,13 @@
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
+use crate::config::CONFIG_FILE;
 use crate::format::atomic::{remove_partial, write_file};
 use crate::model::{Model, STATE_DIR};
 use crate::params::{Packed, Weight};
 use crate::task::{Dataset, Target};
 use crate::{Error, Result};
 
-/// File of the resolved settings in an output folder.
-pub const CONFIG_FILE: &str = "gpusq.toml";
 const LOCK_FILE: &str = "lock";
 
 /// The right to write into an output folder, until it is dropped or the process ends.

@@ -13,6 +13,7 @@ use gpusq::sparsity::{Pattern, mask_rows};
 use gpusq::spec::*;
 use gpusq::task::HeadKind;
 use gpusq::tensor::ops::activation::Activation;
+use gpusq::tensor::ops::lsq::code;
 use gpusq::tensor::ops::masked::MaskGradient;
 use gpusq::tensor::{Tape, Tensor, normal};
 use proptest::prelude::*;
@@ -329,7 +330,7 @@ fn codes_and_sums_are_the_forwards() {
             }
             let step = model.params.dense(&l.input_scale()).item();
             for (i, (&ours, &x)) in ours.i8().iter().zip(theirs.f32()).enumerate() {
-                assert_eq!(ours, gpusq::quant::grid::code(x, step), "{}[{i}] of {x} / {step}", l.input);
+                assert_eq!(f32::from(ours), code(x, step), "{}[{i}] of {x} / {step}", l.input);
             }
             let Some(Weight::Packed(w)) = packed.params.get(&format!("{}.weight", l.name)) else { panic!() };
             let (weight, scale) = (unpack_codes(w), w.scale.as_ref().unwrap().f32());

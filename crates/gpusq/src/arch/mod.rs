@@ -210,7 +210,7 @@ impl Config {
     /// Heads and width of a head of a stack that is `hidden` wide.
     fn heads(&self, key: &str, hidden: usize) -> Result<(usize, usize)> {
         let heads = self.size(key)?;
-        if hidden % heads != 0 {
+        if !hidden.is_multiple_of(heads) {
             return Err(self.error(format!("`{key}` {heads} does not divide the hidden size {hidden}")));
         }
         Ok((heads, hidden / heads))

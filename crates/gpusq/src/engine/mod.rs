@@ -23,7 +23,7 @@ use crate::sparsity::Pattern;
 use crate::spec::{Head, Norm, NormOrder, Positions, Stack, TransformerSpec};
 use crate::{Error, Result};
 
-use site::{Operand, Site, Weights};
+use site::{Site, Weights};
 
 /// INT8 codes by the name of the linear maps' input ([`crate::spec::Linear::input`]), i8 `[rows, width]`.
 pub type Codes = BTreeMap<String, Tensor>;
@@ -152,9 +152,9 @@ impl Engine {
         // products that would depend on how the library sums.
         let first_only = matches!(spec.head, Head::Classify { .. })
             && project_out.is_none()
-            && blocks.last().is_some_and(|b| {
-                [&b.attention_out, &b.ffn_in, &b.ffn_out].iter().all(|s| s.integer().is_some())
-            });
+            && blocks
+                .last()
+                .is_some_and(|b| [&b.attention_out, &b.ffn_in, &b.ffn_out].iter().all(|s| s.integer()));
         Ok(Engine {
             stack,
             pattern: model.attention,
@@ -260,31 +260,18 @@ impl Pass<'_> {
         if let Some(scale) = site.scale() {
             self.codes.resize(x.len(), 0);
             int8_linear::quantize(x.f32(), scale, &mut self.codes);
-            self.tap(site, x);
+            if let Some(taps) = &mut self.taps {
+                taps.insert(site.input().to_string(), Tensor::from_i8(self.codes.clone(), x.shape()));
+            }
         }
-        site.apply(&Operand { codes: &self.codes, rows: x.rows(), values: Some(x) })
+        site.apply(x, &self.codes)
     }
 
     /// What the only map of `site` makes of `x`.
     fn single(&mut self, site: &Site, x: &Tensor) -> Tensor {
-        only(self.site(site, x))
-    }
-
-    /// What the only map of `site` makes of `function(x)`.
-    fn activated(&mut self, site: &Site, x: &Tensor, function: Activation) -> Tensor {
-        let Some(scale) = site.integer() else {
-            return self.single(site, &activation::apply(x, function));
-        };
-        self.codes.resize(x.len(), 0);
-        activation::quantized(x, function, scale, &mut self.codes);
-        self.tap(site, x);
-        only(site.apply(&Operand { codes: &self.codes, rows: x.rows(), values: None }))
-    }
-
-    fn tap(&mut self, site: &Site, x: &Tensor) {
-        if let Some(taps) = &mut self.taps {
-            taps.insert(site.input().to_string(), Tensor::from_i8(self.codes.clone(), x.shape()));
-        }
+        let mut outputs = self.site(site, x);
+        assert_eq!(outputs.len(), 1, "one map reads `{}`", site.input());
+        outputs.swap_remove(0)
     }
 
     fn embed(&self, tokens: &Tokens) -> Tensor {
@@ -376,7 +363,7 @@ impl Pass<'_> {
         };
         let y = match &inner[..] {
             [gate, up] => self.single(&b.ffn_out, &gated::apply(gate, up)),
-            [inner] => self.activated(&b.ffn_out, inner, s.activation),
+            [inner] => self.single(&b.ffn_out, &activation::apply(inner, s.activation)),
             _ => unreachable!("a feed-forward begins with one or two projections"),
         };
         join(s.order, &b.ffn_norm, &x, &y)
@@ -392,7 +379,7 @@ impl Pass<'_> {
         match &engine.head_dense {
             Some((dense, function)) => {
                 let x = self.single(dense, &x);
-                self.activated(out, &x, *function)
+                self.single(out, &activation::apply(&x, *function))
             }
             None => self.single(out, &x),
         }
@@ -410,9 +397,4 @@ fn join(order: NormOrder, norm: &Normal, x: &Tensor, y: &Tensor) -> Tensor {
         NormOrder::Pre => add::apply(x, y),
         NormOrder::Post => norm.apply(y, Some(x)),
     }
-}
-
-fn only(mut outputs: Vec<Tensor>) -> Tensor {
-    assert_eq!(outputs.len(), 1, "an input that one map reads");
-    outputs.swap_remove(0)
 }

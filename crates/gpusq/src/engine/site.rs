@@ -37,15 +37,6 @@ enum Product {
     F32(Tensor),
 }
 
-/// An input in the forms its maps want.
-pub(super) struct Operand<'a> {
-    /// `[rows, width]`, if the site has a scale.
-    pub(super) codes: &'a [i8],
-    pub(super) rows: usize,
-    /// `[rows, width]`; not needed if all maps are integer.
-    pub(super) values: Option<&'a Tensor>,
-}
-
 impl Site {
     /// Name of the input.
     pub(super) fn input(&self) -> &str {
@@ -57,27 +48,26 @@ impl Site {
         self.scale
     }
 
-    /// The step size if all maps read codes and nothing else.
-    pub(super) fn integer(&self) -> Option<f32> {
-        self.scale.filter(|_| self.maps.iter().all(|m| matches!(m.product, Product::Int8 { .. })))
+    /// Whether all maps are integer products.
+    pub(super) fn integer(&self) -> bool {
+        self.maps.iter().all(|m| matches!(m.product, Product::Int8 { .. }))
     }
 
-    /// The maps' outputs, each f32 `[rows, out]`.
-    pub(super) fn apply(&self, x: &Operand) -> Vec<Tensor> {
-        self.maps.iter().map(|m| m.apply(x)).collect()
+    /// The maps' outputs for the input `x` `[rows, width]`, each f32 `[rows, out]`. `codes` are those of `x`
+    /// if the site has a scale.
+    pub(super) fn apply(&self, x: &Tensor, codes: &[i8]) -> Vec<Tensor> {
+        self.maps.iter().map(|m| m.apply(x, codes)).collect()
     }
 }
 
 impl Map {
-    fn apply(&self, x: &Operand) -> Tensor {
+    fn apply(&self, x: &Tensor, codes: &[i8]) -> Tensor {
+        let bias = self.bias.as_ref();
         let y = match &self.product {
             Product::Int8 { weight, scale } => {
-                int8_linear::apply(x.codes, x.rows, weight, scale, self.bias.as_ref().map(Tensor::f32))
+                int8_linear::apply(codes, x.rows(), weight, scale, bias.map(Tensor::f32))
             }
-            Product::F32(weight) => {
-                let x = x.values.expect("values are left out only where every map is integer");
-                linear::apply(x, weight, self.bias.as_ref())
-            }
+            Product::F32(weight) => linear::apply(x, weight, bias),
         };
         match self.output_scale {
             Some(s) => lsq::dequantised(&y, s),

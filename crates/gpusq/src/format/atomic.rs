@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::{Error, Result};
 
 /// How the names of files that are being written end; they begin with a dot.
-pub(crate) const PARTIAL: &str = ".tmp";
+const PARTIAL: &str = ".tmp";
 
 /// Writes the file `path` through `content` so that a reader, now or after a crash, sees the old file or
 /// the whole new one.

@@ -6,11 +6,11 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use gpusq_tensor::ops::lsq;
 use gpusq_tensor::{DType, Tensor, f16};
 
 use crate::format::safetensors::{Checkpoint, Dtype, Stored, bad, check_finite, write_stored};
 use crate::params::{Packed, Params, Weight};
-use crate::quant::grid;
 use crate::{Error, Result};
 
 /// Name of the packed model's file in its folder, beside `config.json`.
@@ -41,7 +41,7 @@ pub fn pack_f16(value: &Tensor, mask: &Tensor, name: &str) -> Result<Packed> {
     Ok(Packed { values, meta: Tensor::from_u8(meta, &[rows, cols.div_ceil(8)]), scale: None, cols })
 }
 
-/// Packs a pruned weight with INT8 codes (see [`grid::code`]): `value` f32 `[out, in]`, `mask` u8
+/// Packs a pruned weight with INT8 codes (see [`lsq::code`]): `value` f32 `[out, in]`, `mask` u8
 /// `[out, in]` with 1 for kept elements, `scale` f32 `[out]`, one positive step size per row. `name` is for
 /// errors.
 ///
@@ -59,7 +59,7 @@ pub fn pack_int8(value: &Tensor, mask: &Tensor, scale: &Tensor, name: &str) -> R
         return Err(Error::Mismatch(message));
     }
     let quantise = |row: usize, x: f32| {
-        if x.is_finite() { Ok(grid::code(x, steps[row])) } else { Err(format!("{x} has no INT8 code")) }
+        if x.is_finite() { Ok(lsq::code(x, steps[row]) as i8) } else { Err(format!("{x} has no INT8 code")) }
     };
     let (values, meta, cols) = pack(value, mask, name, 0, quantise)?;
     let values = Tensor::from_i8(values, &[rows, cols / 2]);
@@ -548,7 +548,7 @@ mod tests {
             let packed = pack_int8(&value, &mask, &scale, "w").unwrap();
             prop_assert!(check(&packed).is_ok(), "{:?}", check(&packed));
             let expected: Vec<i8> = pruned(&value, &mask).iter().enumerate()
-                .map(|(i, &x)| grid::code(x, scale.f32()[i / cols])).collect();
+                .map(|(i, &x)| lsq::code(x, scale.f32()[i / cols]) as i8).collect();
             prop_assert_eq!(unpack_codes(&packed), expected);
 
             let dense = unpack_f32(&packed);

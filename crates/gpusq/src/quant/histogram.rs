@@ -1,6 +1,8 @@
 //! The distribution of an activation's magnitudes, gathered over batches in constant memory.
 
-use super::{Method, QMAX, SMALLEST, best};
+use gpusq_tensor::ops::lsq::{QMAX, code};
+
+use super::{Method, SMALLEST, best};
 
 /// Sixteen bins to a quantisation step at absmax.
 const BINS: usize = 2048;
@@ -58,7 +60,7 @@ impl Histogram {
                 let mut error = 0.0;
                 for (i, &n) in self.counts.iter().enumerate().filter(|(_, n)| **n > 0) {
                     let v = (i as f32 + 0.5) * width;
-                    let e = (v - (v / s).round_ties_even().min(QMAX) * s) as f64;
+                    let e = (v - code(v, s) * s) as f64;
                     error += n as f64 * e * e;
                 }
                 error
@@ -90,6 +92,9 @@ mod tests {
         // 99.9 % of a normal distribution lies within 3.29 deviations; a bin is 0.06 wide here.
         let p = h.scale(Method::Percentile(99.9)) * 127.0;
         assert!((3.2..3.5).contains(&p), "{p}");
-        assert!(h.scale(Method::Mse) < 0.5 * 100.0 / 127.0);
+        // At a fraction f of absmax's step s, rounding costs n (f s)^2 / 12 = 5160 f^2 and clipping the outlier
+        // 10^4 (1 - f)^2: least at 0.66. (Clipping at 3.3 deviations would cost more than it saves.)
+        let fraction = h.scale(Method::Mse) * 127.0 / 100.0;
+        assert!((0.62..0.70).contains(&fraction), "{fraction}");
     }
 }

@@ -1,11 +1,11 @@
 //! Post-training quantisation: the step sizes that quantisation-aware training starts from (paper,
 //! algorithm 1, line 18).
 
-pub mod grid;
 mod histogram;
 
 use std::collections::BTreeMap;
 
+use gpusq_tensor::ops::lsq::{QMAX, code};
 use gpusq_tensor::ops::masked::MaskGradient;
 use gpusq_tensor::{Tape, Tensor};
 use rayon::prelude::*;
@@ -17,8 +17,6 @@ use crate::params::Weight;
 use crate::spec::Role;
 use histogram::Histogram;
 
-/// Largest code.
-pub const QMAX: f32 = 127.0;
 /// Smallest step size: an all-zero row or tensor still needs a positive one.
 const SMALLEST: f32 = 1e-8;
 
@@ -62,9 +60,8 @@ fn row_scale(row: &[f32], method: Method) -> f32 {
             (sorted[at - 1] / QMAX).max(SMALLEST)
         }
         Method::Mse => {
-            let error = |s: f32| -> f64 {
-                row.iter().map(|&v| (v - grid::code(v, s) as f32 * s) as f64).map(|e| e * e).sum()
-            };
+            let error =
+                |s: f32| -> f64 { row.iter().map(|&v| (v - code(v, s) * s) as f64).map(|e| e * e).sum() };
             best(top, error)
         }
     }
@@ -151,7 +148,7 @@ pub fn relative_error(value: &Tensor, scale: &Tensor) -> f64 {
     let (mut error, mut size) = (0.0f64, 0.0f64);
     for (row, &s) in value.f32().chunks_exact(value.width()).zip(scale.f32()) {
         for &v in row {
-            let e = (v - grid::code(v, s) as f32 * s) as f64;
+            let e = (v - code(v, s) * s) as f64;
             error += e * e;
             size += v as f64 * v as f64;
         }
@@ -167,7 +164,7 @@ mod tests {
     fn absmax_gives_the_largest_value_code_127() {
         let t = Tensor::from_f32(vec![0.1, -2.54, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0], &[2, 4]);
         let s = weight_scales(&t, Method::AbsMax);
-        assert_eq!(grid::code(-2.54, s.f32()[0]), -127);
+        assert_eq!(code(-2.54, s.f32()[0]), -127.0);
         assert!(s.f32()[1] > 0.0, "a row of zeros still has a step size");
     }
 

@@ -320,7 +320,7 @@ pub fn write(record: &RunRecord, dir: impl AsRef<Path>) -> Result<()> {
     let mut staged = Vec::new();
     for (path, content) in [(dir.join("report.html"), render(record).into_bytes()), (json_path, json)] {
         let mut builder = tempfile::Builder::new();
-        builder.prefix(".report-").suffix(crate::format::atomic::PARTIAL);
+        builder.prefix(".report-").suffix(".tmp");
         // Temporary files are private by default; these are ordinary ones, limited by the umask.
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));

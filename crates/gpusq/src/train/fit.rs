@@ -261,13 +261,14 @@ pub fn fit(
         let terms = stepper.step(student, &mut state.moments, &batch, step, lr)?;
         let p = &mut state.progress;
         p.step = step + 1;
-        if how.mask_update_every > 0 && p.step % how.mask_update_every == 0 && p.step < steps {
+        // No step is a multiple of 0, which stands for never.
+        if p.step.is_multiple_of(how.mask_update_every) && p.step < steps {
             update_masks(student);
         }
         p.running.0 = RUNNING * p.running.0 + (1.0 - RUNNING) * terms.total as f64;
         p.running.1 = RUNNING * p.running.1 + (1.0 - RUNNING);
         p.recent.push(terms);
-        if p.step % o.log_every == 0 || p.step == steps {
+        if p.step.is_multiple_of(o.log_every) || p.step == steps {
             p.curve.push(Point { step: p.step, terms: mean(&p.recent), learning_rate: lr });
             p.recent.clear();
         }
@@ -279,13 +280,14 @@ pub fn fit(
             p.stopped = true;
             watch(Event::Stopped { step: p.step, running });
         }
-        if let Some((path, every)) = how.checkpoint.as_ref().filter(|(_, every)| *every > 0) {
-            if p.step % every == 0 && p.step < steps {
-                p.seconds += started.elapsed().as_secs_f64();
-                started = Instant::now();
-                state.save(path, &student.params)?;
-                watch(Event::Saved { step: state.progress.step });
-            }
+        if let Some((path, every)) = &how.checkpoint
+            && p.step.is_multiple_of(*every)
+            && p.step < steps
+        {
+            p.seconds += started.elapsed().as_secs_f64();
+            started = Instant::now();
+            state.save(path, &student.params)?;
+            watch(Event::Saved { step: state.progress.step });
         }
     }
     let p = state.progress;

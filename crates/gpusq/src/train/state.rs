@@ -17,7 +17,7 @@ use crate::{Error, Result};
 pub struct State {
     /// Progress.
     pub progress: Progress,
-    /// Moments by weight name; of a weight's step sizes under the name with [`SCALE`] appended.
+    /// Moments by weight name; of a weight's step sizes under the name with `#scale` appended.
     pub moments: BTreeMap<String, Moments>,
 }
 

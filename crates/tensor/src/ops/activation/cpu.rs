@@ -1,49 +1,31 @@
 use super::Activation;
 use crate::Tensor;
 use crate::cpu::{erf, exp, par_elements, sigmoid, simd, tanh};
-use crate::ops::int8_linear::quantize;
 
 /// sqrt(2 / pi).
 const K: f32 = 0.797_884_6;
 
 pub(super) fn forward(x: &Tensor, function: Activation) -> Tensor {
-    let mut out = Tensor::stale(x.shape());
-    let x = x.f32();
-    par_elements(out.f32_mut(), |at, block| fill(block, &x[at..], function));
-    out
-}
-
-/// Values of a block that [`quantized`] holds in the nearest cache.
-const BLOCK: usize = 1024;
-
-pub(super) fn quantized(x: &[f32], function: Activation, scale: f32, codes: &mut [i8]) {
-    par_elements(codes, |at, block| {
-        let mut values = [0.0; BLOCK];
-        for (codes, x) in block.chunks_mut(BLOCK).zip(x[at..].chunks(BLOCK)) {
-            let values = &mut values[..codes.len()];
-            fill(values, x, function);
-            quantize(values, scale, codes);
-        }
-    });
-}
-
-/// `function` of the first elements of `x`, as many as `out` has; on this thread.
-fn fill(out: &mut [f32], x: &[f32], function: Activation) {
     match function {
-        Activation::Gelu => map(out, x, |x| 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2))),
-        Activation::GeluTanh => map(out, x, |x| 0.5 * x * (1.0 + tanh(K * (x + 0.044715 * x * x * x)))),
-        Activation::Relu => map(out, x, |x| x.max(0.0)),
-        Activation::Silu => map(out, x, |x| x * sigmoid(x)),
-        Activation::Tanh => map(out, x, tanh),
+        Activation::Gelu => map(x, |x| 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2))),
+        Activation::GeluTanh => map(x, |x| 0.5 * x * (1.0 + tanh(K * (x + 0.044715 * x * x * x)))),
+        Activation::Relu => map(x, |x| x.max(0.0)),
+        Activation::Silu => map(x, |x| x * sigmoid(x)),
+        Activation::Tanh => map(x, tanh),
     }
 }
 
-fn map(out: &mut [f32], x: &[f32], f: impl Fn(f32) -> f32) {
-    simd(|| {
-        for (o, x) in out.iter_mut().zip(x) {
-            *o = f(*x);
-        }
-    })
+fn map(x: &Tensor, f: impl Fn(f32) -> f32 + Sync) -> Tensor {
+    let mut out = Tensor::stale(x.shape());
+    let x = x.f32();
+    par_elements(out.f32_mut(), |at, block| {
+        simd(|| {
+            for (o, x) in block.iter_mut().zip(&x[at..]) {
+                *o = f(*x);
+            }
+        })
+    });
+    out
 }
 
 pub(super) fn backward(grad: &Tensor, x: &Tensor, function: Activation) -> Tensor {

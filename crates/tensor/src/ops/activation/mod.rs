@@ -2,8 +2,6 @@
 
 mod cpu;
 
-#[cfg(doc)]
-use super::int8_linear;
 use crate::{Device, Tape, Tensor, Var};
 
 /// Which function.
@@ -32,15 +30,6 @@ pub fn activation(tape: &Tape, x: &Var, function: Activation) -> Var {
 pub fn apply(x: &Tensor, function: Activation) -> Tensor {
     match x.device() {
         Device::Cpu => cpu::forward(x, function),
-    }
-}
-
-/// INT8 codes of `function(x)` at step size `scale`, one per element of `x`: [`apply`] and then
-/// [`int8_linear::quantize`] in one pass, so that the values never go to memory.
-pub fn quantized(x: &Tensor, function: Activation, scale: f32, codes: &mut [i8]) {
-    assert_eq!(x.len(), codes.len(), "activation: codes for {:?}", x.shape());
-    match x.device() {
-        Device::Cpu => cpu::quantized(x.f32(), function, scale, codes),
     }
 }
 
@@ -75,20 +64,6 @@ mod tests {
                 |t, v| activation(t, &v[0], function),
                 |x| x[0].iter().map(|&x| f(x)).collect(),
             );
-        }
-    }
-
-    #[test]
-    fn quantized_is_apply_then_quantize() {
-        for n in [1, 1023, 1025, 40_000] {
-            let mut x = noise(&[n], n as u64);
-            x.f32_mut()[0] = f32::NAN;
-            for function in [Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::Silu] {
-                let (mut want, mut got) = (vec![99; n], vec![99; n]);
-                crate::ops::int8_linear::quantize(apply(&x, function).f32(), 0.01, &mut want);
-                quantized(&x, function, 0.01, &mut got);
-                assert_eq!(got, want, "{function:?}, {n} elements");
-            }
         }
     }
 }

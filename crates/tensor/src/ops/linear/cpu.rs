@@ -1,8 +1,7 @@
 use crate::Tensor;
 use crate::cpu::{Mat, Threads, column_sums, gemm, par_rows, simd};
+use crate::ops::lsq::QMAX;
 
-/// Largest magnitude of a code.
-const QMAX: f32 = 127.0;
 /// Integers up to this magnitude are exact in f32, and so are sums that never leave it.
 const EXACT: f32 = 16_777_216.0;
 

@@ -67,8 +67,10 @@ pub fn quantized_linear(tape: &Tape, x: &Quantized, weight: &Quantized, bias: Op
 #[cfg(test)]
 mod tests {
     use super::super::check::{check, close, noise};
+    use super::super::int8_linear::{self, Int8Weight};
     use super::super::lsq;
     use super::*;
+    use proptest::prelude::*;
 
     fn reference(x: &[Vec<f64>], width: usize) -> Vec<f64> {
         let out = x[1].len() / width;
@@ -147,5 +149,79 @@ mod tests {
         close("dx", grads.take(&xv).unwrap().f32(), &gx, 1e-5);
         close("dw", grads.take(&wv).unwrap().f32(), &gw, 1e-5);
         assert!(grads.take(&sxv).is_some() && grads.take(&swv).is_some());
+    }
+
+    /// Codes -127..=127, mostly of full size where `extreme`.
+    fn codes(n: usize, extreme: bool, seed: u64) -> Vec<i8> {
+        let code = |i: usize| match crate::cpu::random(seed, i as u32) {
+            r if extreme && r % 16 > 0 => [127, -127][(seed >> 1 & 1) as usize],
+            r => (r / 16 % 255) as i32 - 127,
+        };
+        (0..n).map(|i| code(i) as i8).collect()
+    }
+
+    /// The training product and the engine's of the same codes, bit for bit.
+    fn agree(tokens: usize, out: usize, width: usize, extreme: bool, seed: u64) {
+        let (cx, cw) = (codes(tokens * width, extreme, seed), codes(out * width, extreme, seed / 2));
+        let wide = |c: &[i8], rows| Tensor::from_f32(c.iter().map(|&c| c as f32).collect(), &[rows, width]);
+        let sx = 0.013f32;
+        // Among them steps so small that products underflow, where the sign of zero shows.
+        let sw: Vec<f32> = (0..out).map(|o| [0.02, 3e-5, 1e-42, 1e-30][o % 4] * (o + 1) as f32).collect();
+        let bias = noise(&[out], seed);
+        let tape = Tape::inference();
+        let x = Quantized { codes: tape.constant(wide(&cx, tokens)), scale: Tensor::scalar(sx) };
+        let w =
+            Quantized { codes: tape.constant(wide(&cw, out)), scale: Tensor::from_f32(sw.clone(), &[out]) };
+        let weight = Int8Weight::new(&cw, out, width);
+        let scale: Vec<f32> = sw.iter().map(|s| sx * s).collect();
+        for bias in [None, Some(bias)] {
+            let trained = quantized_linear(&tape, &x, &w, bias.clone().map(|b| tape.constant(b)).as_ref());
+            let ran = int8_linear::apply(&cx, tokens, &weight, &scale, bias.as_ref().map(Tensor::f32));
+            for (i, (t, r)) in trained.value().f32().iter().zip(ran.f32()).enumerate() {
+                assert_eq!(t.to_bits(), r.to_bits(), "{tokens} x {out} x {width}, [{i}]: {t}, {r}");
+            }
+        }
+    }
+
+    #[test]
+    fn long_rows_of_extreme_codes_agree_with_the_engine() {
+        for (tokens, out, width) in [(3, 5, 3072), (2, 7, 4096), (65, 49, 1040), (4, 4, 1041)] {
+            for seed in 0..4 {
+                agree(tokens, out, width, true, seed);
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn any_shape_agrees_with_the_engine(
+            tokens in 1usize..40,
+            out in 1usize..80,
+            width in prop_oneof![1usize..200, 1usize..3000],
+            extreme: bool,
+            seed: u64,
+        ) {
+            agree(tokens, out, width, extreme, seed);
+        }
+
+        /// Both ends of a product must read the same codes.
+        #[test]
+        fn any_value_gets_the_engines_code(
+            any in prop::collection::vec(any::<f32>(), 0..100),
+            near in prop::collection::vec(-300.0f32..300.0, 0..100),
+            ties in prop::collection::vec(-260i32..260, 0..100),
+            scale in prop_oneof![1e-6f32..10.0, Just(0.5), Just(1.0), Just(f32::MIN_POSITIVE), Just(1e-40)],
+        ) {
+            let mut x = any;
+            x.extend(near.iter().map(|v| v * scale));
+            x.extend(ties.iter().map(|&t| t as f32 / 2.0 * scale));
+            let mut codes = vec![99; x.len()];
+            int8_linear::quantize(&x, scale, &mut codes);
+            for (&x, &c) in x.iter().zip(&codes) {
+                prop_assert_eq!(lsq::code(x, scale).to_bits(), f32::from(c).to_bits(), "{:e} / {:e}", x, scale);
+            }
+        }
     }
 }

@@ -1,22 +1,24 @@
 use rayon::prelude::*;
 
+use super::QMAX;
 use crate::Tensor;
 use crate::cpu::{fold_rows, par_elements, par_rows, simd};
 
 /// The INT8 code of `x` under step size `s`, as f32: `clamp(round_half_even(x / s), -127, 127)`. NaN
-/// gives 0, and zero is always +0.
+/// gives 0, and zero is always +0. The division is a true one: multiplying by a reciprocal gives other codes
+/// near ties.
 #[inline(always)]
 pub fn code(x: f32, s: f32) -> f32 {
     let v = x / s;
     // Comparisons with NaN are false: it ends as 0. Adding +0 turns -0 into +0.
-    let v = if v > -127.0 {
+    let v = if v > -QMAX {
         v
-    } else if v <= -127.0 {
-        -127.0
+    } else if v <= -QMAX {
+        -QMAX
     } else {
         0.0
     };
-    let v = if v < 127.0 { v } else { 127.0 };
+    let v = if v < QMAX { v } else { QMAX };
     v.round_ties_even() + 0.0
 }
 
@@ -45,7 +47,7 @@ fn map(x: &Tensor, f: impl Fn(f32) -> f32 + Sync) -> Tensor {
 #[inline(always)]
 fn element(g: f32, x: f32, c: f32, s: f32) -> (f32, f32) {
     let v = x / s;
-    let inside = v.abs() <= 127.0;
+    let inside = v.abs() <= QMAX;
     (if inside { g } else { 0.0 }, g * if inside { c - v } else { c })
 }
 
@@ -69,7 +71,7 @@ pub(super) fn backward(grad: &Tensor, x: &Tensor, codes: &Tensor, s: f32) -> (Te
             }
         }
     });
-    (dx, lanes.iter().sum::<f32>() / (x.len() as f32 * 127.0).sqrt())
+    (dx, lanes.iter().sum::<f32>() / (x.len() as f32 * QMAX).sqrt())
 }
 
 pub(super) fn weight_codes(w: &Tensor, mask: &Tensor, scale: &Tensor) -> Tensor {
@@ -101,7 +103,7 @@ pub(super) fn weight_backward(
     let mut dw = Tensor::stale(w.shape());
     let mut ds = vec![0.0; rows];
     let (g, w, m, c, s) = (grad.f32(), w.f32(), mask.u8(), codes.f32(), scale.f32());
-    let n = (width as f32 * 127.0).sqrt();
+    let n = (width as f32 * QMAX).sqrt();
     dw.f32_mut().par_chunks_exact_mut(width).zip(&mut ds).enumerate().for_each(|(r, (row, ds))| {
         let range = r * width..(r + 1) * width;
         let (g, w, m, c, s) = (&g[range.clone()], &w[range.clone()], &m[range.clone()], &c[range], s[r]);

@@ -12,6 +12,9 @@ pub use cpu::code;
 
 use crate::{Device, Tape, Tensor, Var};
 
+/// Largest code. The grid is symmetric, so -128 is no code.
+pub const QMAX: f32 = 127.0;
+
 /// Codes with the step size that makes values of them.
 #[derive(Clone)]
 pub struct Quantized {
@@ -91,6 +94,19 @@ mod tests {
         }
         let t = Tensor::from_f32(x.to_vec(), &[11]);
         assert_eq!(cpu::codes(&t, 1.0).f32(), want);
+    }
+
+    #[test]
+    fn division_is_not_by_a_reciprocal() {
+        // The two differ only near ties, so the inputs lie near ties.
+        let mut differing = 0;
+        for i in 1..2000u16 {
+            let (x, s) = (f32::from(i) * 0.05, 0.1f32 + f32::from(i % 7) * 0.03);
+            let exact = (x / s).round_ties_even().clamp(-127.0, 127.0);
+            differing += usize::from(exact != (x * (1.0 / s)).round_ties_even().clamp(-127.0, 127.0));
+            assert_eq!(code(x, s), exact);
+        }
+        assert!(differing > 0, "the inputs no longer tell the two apart");
     }
 
     /// The straight-through gradient and Esser's step-size gradient, element by element.
