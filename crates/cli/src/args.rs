@@ -4,8 +4,10 @@ use std::path::{Path, PathBuf};
 
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 use gpusq::config::{self, Config};
+use gpusq::hub;
 use gpusq::model::Model;
-use gpusq::task::{Dataset, Split, TASKS, Task, Tokenizer};
+use gpusq::spec::Head;
+use gpusq::task::{Dataset, HeadKind, Split, TASKS, Task, Tokenizer};
 use gpusq::{Error, Result};
 
 /// The whole command line.
@@ -44,7 +46,7 @@ pub(crate) fn command() -> Command {
                 .about("Score a model of any stage; packed ones run in the engine")
                 .args([model(), task().required(false), data(), split(), json()])
                 .arg(Arg::new("max-length").long("max-length").value_name("TOKENS").value_parser(value_parser!(usize)).help("Longest input (default: the task's own)"))
-                .arg(Arg::new("batch-size").long("batch-size").value_name("N").value_parser(value_parser!(usize)).default_value("32").help("Examples at a time")),
+                .arg(Arg::new("batch-size").long("batch-size").value_name("N").value_parser(value_parser!(u16).range(1..)).default_value("32").help("Examples at a time")),
         )
         .subcommand(
             Command::new("inspect")
@@ -78,10 +80,9 @@ fn training(name: &'static str, about: &'static str, section: Option<&'static st
             .value_name("NAME")
             .help("Named settings that the file and flags override"),
         seed(),
-        Arg::new("resume")
-            .long("resume")
-            .action(ArgAction::SetTrue)
-            .help("Continue an interrupted run in --out"),
+        Arg::new("resume").long("resume").action(ArgAction::SetTrue).help(
+            "Continue the interrupted run in --out, with the same command; starts one if there is none",
+        ),
         json(),
     ]);
     for s in config::settings() {
@@ -144,7 +145,7 @@ fn out() -> Arg {
         .short('o')
         .value_name("DIR")
         .value_parser(value_parser!(PathBuf))
-        .help("Folder to write; must not exist or be empty")
+        .help("Folder to write; must be empty or not exist, except with --resume")
 }
 
 fn seed() -> Arg {
@@ -193,9 +194,9 @@ pub(crate) fn settings(m: &ArgMatches) -> Result<Config> {
     Config::load(file, m.get_one::<String>("preset").map(String::as_str), &overrides)
 }
 
-/// The folder of `--model`.
+/// The folder of `--model`, downloaded if it is a hub name.
 pub(crate) fn model_dir(m: &ArgMatches) -> Result<PathBuf> {
-    Ok(PathBuf::from(m.get_one::<String>("model").expect("required")))
+    hub::resolve(m.get_one::<String>("model").expect("required"))
 }
 
 /// A model's folder, tokenizer and weights.
@@ -203,6 +204,24 @@ pub(crate) fn load_model(dir: &Path) -> Result<(Model, Tokenizer)> {
     let model = Model::load(dir)?;
     let tokenizer = Tokenizer::load(dir)?;
     Ok((model, tokenizer))
+}
+
+/// Refuses a model whose head was never trained, or for something else than `task`.
+pub(crate) fn need_trained_head(model: &Model, dir: &Path, task: &Task) -> Result<()> {
+    let fits = match (&model.spec.head, task.head) {
+        (Head::Classify { outputs, .. }, HeadKind::Classes(n)) => *outputs == n,
+        (Head::Classify { outputs, .. }, HeadKind::Value) => *outputs == 1,
+        (Head::Span, HeadKind::Span) => true,
+        _ => false,
+    };
+    if fits && model.fresh.is_empty() {
+        return Ok(());
+    }
+    Err(Error::Mismatch(format!(
+        "{} has no trained head for {}; run `gpusq finetune` on it first and use its output",
+        dir.display(),
+        task.name
+    )))
 }
 
 /// Reads a split of the task, at the length the settings, the task and the model allow.

@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use clap::ArgMatches;
 use gpusq::arch::Config as ModelConfig;
-use gpusq::compress::{CONFIG_FILE, Run};
-use gpusq::config::Config;
+use gpusq::compress::Run;
+use gpusq::config::{CONFIG_FILE, Config};
 use gpusq::format::atomic::write_file;
 use gpusq::model::Model;
 use gpusq::report::{self, Ablation};
@@ -106,14 +106,14 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
     let dense = run(&config, &out).finetune(&model, &dense_dir, &mut |e| progress.show(e))?;
     progress.say("2/3 compressing it, with distillation", json!({ "event": "part", "name": "distillation" }));
     let with = run(&config, &with_dir);
-    with.open()?;
+    let _held = with.open("demo", &dense.model)?;
     let mut record = with.compress(&dense.model, &mut |e| progress.show(e))?;
     progress.say(
         "3/3 compressing it without, for comparison",
         json!({ "event": "part", "name": "no distillation" }),
     );
     let without = run(&plain, &without_dir);
-    without.open()?;
+    let _held_too = without.open("demo", &dense.model)?;
     let other = without.compress(&dense.model, &mut |e| progress.show(e))?;
 
     for (label, r) in [("with distillation", &record.clone()), ("without distillation", &other)] {

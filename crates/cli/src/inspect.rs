@@ -10,7 +10,7 @@ use gpusq::task::Tokenizer;
 use serde_json::json;
 
 use crate::args;
-use crate::progress::grouped;
+use crate::progress::{grouped, out};
 
 pub(crate) fn run(m: &ArgMatches) -> Result<()> {
     let dir = args::model_dir(m)?;
@@ -42,68 +42,71 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
             "vocabulary": spec.vocab, "max_length": spec.max_length(), "parameters": parameters, "compressible_linears": linears.len() - dense.len(),
             "compressible_parameters": elements, "left_dense": dense, "untrained": model.fresh, "unused": model.unused,
             "tokenizer_entries": tokenizer.as_ref().ok(), "sizes": sizes });
-        println!("{object}");
+        out(format_args!("{object}"));
         return Ok(());
     }
-    println!("{}: {family}, {}", dir.display(), model.stage.title());
-    println!(
+    out(format_args!("{}: {family}, {}", dir.display(), model.stage.title()));
+    out(format_args!(
         "  {} layers, width {}, {} heads, vocabulary {}, up to {} tokens",
         s.layers,
         s.hidden,
         s.heads,
         grouped(spec.vocab),
         grouped(spec.max_length())
-    );
-    println!("  head: {head}{}", model.task.as_ref().map_or(String::new(), |t| format!(", trained on {t}")));
+    ));
+    out(format_args!(
+        "  head: {head}{}",
+        model.task.as_ref().map_or(String::new(), |t| format!(", trained on {t}"))
+    ));
     if let Some(p) = model.attention {
-        println!("  attention keeps {p}");
+        out(format_args!("  attention keeps {p}"));
     }
-    println!(
+    out(format_args!(
         "  {} parameters, {} of them in {} linear maps that compression covers",
         grouped(parameters),
         grouped(elements),
         linears.len() - dense.len()
-    );
+    ));
     match packed {
         Some(p) => {
-            println!(
+            out(format_args!(
                 "  compressed weights: {} ({:.4} of FP16), scales {}, the rest {}",
                 bytes(p.packed_bits / 8),
                 p.packed_bits as f64 / p.dense_fp16_bits as f64,
                 bytes(p.scale_bits / 8),
                 bytes(p.rest_bits / 8)
-            );
+            ));
         }
         None if model.stage == Stage::Dense => {
             let fp16 = elements as u64 * 2;
-            println!(
+            out(format_args!(
                 "  those weights: {} in FP16, {} as 2:4 FP16, {} as 2:4 INT8",
                 bytes(fp16),
                 bytes(fp16 * 9 / 16),
                 bytes(fp16 * 5 / 16)
-            );
+            ));
         }
         None => {}
     }
     for (name, reason) in &dense {
-        println!("  stays dense: {name} ({reason})");
+        out(format_args!("  stays dense: {name} ({reason})"));
     }
     if !model.fresh.is_empty() {
-        println!("  not in the checkpoint, to be trained: {}", model.fresh.join(", "));
+        out(format_args!("  not in the checkpoint, to be trained: {}", model.fresh.join(", ")));
     }
     if !model.unused.is_empty() {
-        println!("  in the checkpoint but not used: {}", model.unused.join(", "));
+        out(format_args!("  in the checkpoint but not used: {}", model.unused.join(", ")));
     }
     match tokenizer {
         Ok(n) if n > spec.vocab => {
-            println!("  PROBLEM: the tokenizer has {n} entries, the model {}", spec.vocab)
+            out(format_args!("  PROBLEM: the tokenizer has {n} entries, the model {}", spec.vocab))
         }
-        Ok(n) => println!("  tokenizer: {} entries", grouped(n)),
-        Err(e) => println!("  no usable tokenizer: {e}"),
+        Ok(n) => out(format_args!("  tokenizer: {} entries", grouped(n))),
+        Err(e) => out(format_args!("  no usable tokenizer: {e}")),
     }
-    println!(
+    out(format_args!(
         "  every tensor present, of the right shape, finite{}",
         if model.stage == Stage::Dense { "" } else { ", 2:4" }
-    );
+    ));
     Ok(())
 }

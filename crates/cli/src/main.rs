@@ -15,7 +15,16 @@ fn main() -> ExitCode {
         Ok(m) => m,
         Err(e) => {
             let _ = e.print();
-            return ExitCode::from(if e.use_stderr() { 2 } else { 0 });
+            if !e.use_stderr() {
+                return ExitCode::SUCCESS;
+            }
+            // The command line did not parse, so that nothing says for sure that it asks for JSON.
+            if std::env::args().any(|a| a == "--json") {
+                let text = e.to_string();
+                let first = text.lines().next().unwrap_or_default();
+                report_json(first.strip_prefix("error: ").unwrap_or(first));
+            }
+            return ExitCode::from(2);
         }
     };
     let (name, m) = matches.subcommand().expect("clap requires a command");
@@ -29,14 +38,16 @@ fn main() -> ExitCode {
         "demo" => demo::run(m),
         other => unreachable!("command {other} has no code"),
     };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            if m.try_get_one::<bool>("json").ok().flatten().is_some_and(|j| *j) {
-                println!("{}", serde_json::json!({ "event": "error", "message": e.to_string() }));
-            }
-            eprintln!("error: {e}");
-            ExitCode::FAILURE
-        }
+    let Err(error) = done else { return ExitCode::SUCCESS };
+    let message = error.to_string();
+    if m.try_get_one::<bool>("json").ok().flatten().is_some_and(|j| *j) {
+        report_json(&message);
     }
+    eprintln!("error: {message}");
+    // What is wrong with the command line itself is told from what went wrong in a run.
+    ExitCode::from(if matches!(error, gpusq::Error::Config(_)) { 2 } else { 1 })
+}
+
+fn report_json(message: &str) {
+    progress::out(serde_json::json!({ "event": "error", "message": message }));
 }

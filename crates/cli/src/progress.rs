@@ -1,6 +1,6 @@
 //! Shows a run: a bar on a terminal, plain lines elsewhere, JSON lines for machines.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use gpusq::compress::Event;
@@ -33,11 +33,11 @@ impl Progress {
     /// A line for people, or an object for machines.
     pub(crate) fn say(&mut self, line: &str, object: serde_json::Value) {
         if self.json {
-            println!("{object}");
+            out(format_args!("{object}"));
         } else if let Some(bar) = &self.bar {
-            bar.suspend(|| println!("{line}"));
+            bar.suspend(|| out(format_args!("{line}")));
         } else {
-            println!("{line}");
+            out(format_args!("{line}"));
         }
     }
 
@@ -90,25 +90,25 @@ impl Progress {
                     bar.set_position(step as u64);
                     bar.set_message(line);
                 } else if self.json {
-                    println!(
+                    out(format_args!(
                         "{}",
                         json!({ "event": "step", "stage": self.stage, "step": step, "steps": steps, "loss": terms.total, "hard": terms.hard,
                             "soft": terms.soft, "feature": terms.feature, "learning_rate": learning_rate, "tokens": tokens })
-                    );
+                    ));
                 } else if self.last.elapsed() > EVERY || step == steps {
                     self.last = Instant::now();
                     let rate = (step - self.first) as f64 / self.started.elapsed().as_secs_f64().max(1e-9);
                     let left = Duration::from_secs_f64((steps - step) as f64 / rate.max(1e-9));
-                    println!(
+                    out(format_args!(
                         "{}: step {step}/{steps} {line} {rate:.2} steps/s, {} left",
                         self.stage,
                         clock(left)
-                    );
+                    ));
                 }
             }
             Event::Train(train::Event::Saved { step }) => {
                 if self.json {
-                    println!("{}", json!({ "event": "saved", "stage": self.stage, "step": step }));
+                    out(format_args!("{}", json!({ "event": "saved", "stage": self.stage, "step": step })));
                 }
             }
             Event::Train(train::Event::Stopped { step, running }) => {
@@ -137,6 +137,11 @@ impl Progress {
             bar.finish_and_clear();
         }
     }
+}
+
+/// A line on standard output. A run of hours goes on when whoever read its output is gone.
+pub(crate) fn out(line: impl std::fmt::Display) {
+    let _ = writeln!(std::io::stdout(), "{line}");
 }
 
 /// 1234567 as `1,234,567`.

@@ -6,8 +6,9 @@ use clap::ArgMatches;
 use gpusq::compress::{self, Run, Trained};
 use gpusq::config::Config;
 use gpusq::model::{Model, Stage};
+use gpusq::outdir::{self, Held};
 use gpusq::preflight::preflight;
-use gpusq::task::{Dataset, Split, Task, Tokenizer, task};
+use gpusq::task::{Dataset, Scores, Split, Task, Tokenizer, task};
 use gpusq::{Error, Result, report};
 use serde_json::json;
 
@@ -16,6 +17,7 @@ use crate::progress::Progress;
 
 /// What every training command reads before it starts.
 struct Start {
+    command: &'static str,
     config: Config,
     task: &'static Task,
     model_dir: PathBuf,
@@ -29,21 +31,39 @@ struct Start {
 }
 
 impl Start {
-    fn read(m: &ArgMatches) -> Result<Start> {
+    /// `command` starts from a model of stage `from`; `trained` says that its head must be trained already.
+    fn read(command: &'static str, from: Stage, trained: bool, m: &ArgMatches) -> Result<Start> {
         let config = args::settings(m)?;
         let task = task(m.get_one::<String>("task").expect("required"))?;
         let out = m.get_one::<PathBuf>("out").expect("required").clone();
         let data = m.get_one::<PathBuf>("data").expect("required");
         let resume = m.get_flag("resume");
+        outdir::check(&out, resume)?;
         let model_dir = args::model_dir(m)?;
         let (mut model, tokenizer) = args::load_model(&model_dir)?;
-        if model.stage == Stage::Dense {
+        if model.stage != from {
+            let message = format!(
+                "{} is {}, and `gpusq {command}` starts from a {} model; {}",
+                model_dir.display(),
+                model.stage.title(),
+                from.title(),
+                match (from, model.stage) {
+                    (Stage::Pruned, Stage::Dense) =>
+                        "run `gpusq prune` on it first, or `gpusq compress` for all stages",
+                    _ => "give the folder of one",
+                }
+            );
+            return Err(Error::Mismatch(message));
+        }
+        if trained {
+            args::need_trained_head(&model, &model_dir, task)?;
+        } else {
             model.set_head(task.head, config.seed)?;
         }
         let load = |split| args::load_data(task, data, split, &tokenizer, config.data.max_length, &model);
         let (train, dev) = (load(Split::Train)?, load(Split::Dev)?);
         let progress = Progress::new(m.get_flag("json"));
-        Ok(Start { config, task, model_dir, model, tokenizer, train, dev, out, resume, progress })
+        Ok(Start { command, config, task, model_dir, model, tokenizer, train, dev, out, resume, progress })
     }
 
     fn run(&self) -> Run<'_> {
@@ -60,8 +80,8 @@ impl Start {
         }
     }
 
-    /// Preflight, then the output folder.
-    fn open(&mut self, batch: usize, teacher: bool, stages: u64) -> Result<()> {
+    /// Preflight, then the output folder; `None` if the run in it is finished, which is told then.
+    fn open(&mut self, batch: usize, teacher: bool, stages: u64) -> Result<Option<Held>> {
         let p = preflight(
             &self.model,
             &self.tokenizer,
@@ -72,23 +92,21 @@ impl Start {
             stages,
             &self.out,
         )?;
+        let held = self.run().open(self.command, &self.model)?;
+        if let Some(record) = self.run().finished()? {
+            let line = format!("{} holds this run, finished", self.out.display());
+            self.progress.say(&line, json!({ "event": "finished", "stages": record.stages }));
+            for stage in &record.stages {
+                let scores = Scores(stage.scores.clone());
+                self.progress.show(compress::Event::Scored { name: &stage.name, scores: &scores });
+            }
+            return Ok(None);
+        }
         self.progress.preflight(&p);
         for note in self.train.notes.iter().chain(&self.dev.notes) {
             self.progress.say(&format!("note: {note}"), json!({ "event": "note", "text": note }));
         }
-        self.run().open()
-    }
-
-    /// Refuses a model whose head was never trained on this task.
-    fn need_trained_head(&self) -> Result<()> {
-        if self.model.fresh.is_empty() {
-            return Ok(());
-        }
-        Err(Error::Mismatch(format!(
-            "{} has no trained head for {}; run `gpusq finetune` on it first and compress its output",
-            self.model_dir.display(),
-            self.task.name
-        )))
+        Ok(Some(held))
     }
 
     /// The report of a command that ran one stage.
@@ -117,33 +135,26 @@ impl Start {
 }
 
 pub(crate) fn finetune(m: &ArgMatches) -> Result<()> {
-    let mut s = Start::read(m)?;
-    if s.model.stage != Stage::Dense {
-        let message = format!(
-            "{} is {}; fine-tuning starts from a dense model",
-            s.model_dir.display(),
-            s.model.stage.title()
-        );
-        return Err(Error::Mismatch(message));
-    }
-    s.open(s.config.train.fit.batch_size, false, 1)?;
+    let mut s = Start::read("finetune", Stage::Dense, false, m)?;
+    let Some(_held) = s.open(s.config.train.fit.batch_size, false, 1)? else { return Ok(()) };
     let mut progress = std::mem::replace(&mut s.progress, Progress::new(m.get_flag("json")));
     let trained = s.run().finetune(&s.model, &s.out, &mut |e| progress.show(e))?;
     s.report(&trained, "dense")
 }
 
 pub(crate) fn prune(m: &ArgMatches) -> Result<()> {
-    let mut s = Start::read(m)?;
-    s.need_trained_head()?;
-    s.open(s.config.prune.fit.batch_size, s.config.distill.enabled, 1)?;
+    let mut s = Start::read("prune", Stage::Dense, true, m)?;
+    let opened = s.open(s.config.prune.fit.batch_size, s.config.distill.enabled, 1)?;
+    let Some(_held) = opened else { return Ok(()) };
     let mut progress = std::mem::replace(&mut s.progress, Progress::new(m.get_flag("json")));
     let trained = s.run().prune(&s.model, &s.out, &mut |e| progress.show(e))?;
     s.report(&trained, "2:4")
 }
 
 pub(crate) fn quantize(m: &ArgMatches) -> Result<()> {
-    let mut s = Start::read(m)?;
-    s.open(s.config.quantize.fit.batch_size, s.config.distill.enabled, 1)?;
+    let mut s = Start::read("quantize", Stage::Pruned, true, m)?;
+    let opened = s.open(s.config.quantize.fit.batch_size, s.config.distill.enabled, 1)?;
+    let Some(_held) = opened else { return Ok(()) };
     let mut progress = std::mem::replace(&mut s.progress, Progress::new(m.get_flag("json")));
     let run = s.run();
     let trained = run.quantize(&s.model, &s.out, &mut |e| progress.show(e))?;
@@ -152,10 +163,9 @@ pub(crate) fn quantize(m: &ArgMatches) -> Result<()> {
 }
 
 pub(crate) fn compress(m: &ArgMatches) -> Result<()> {
-    let mut s = Start::read(m)?;
-    s.need_trained_head()?;
+    let mut s = Start::read("compress", Stage::Dense, true, m)?;
     let batch = s.config.prune.fit.batch_size.max(s.config.quantize.fit.batch_size);
-    s.open(batch, s.config.distill.enabled, 4)?;
+    let Some(_held) = s.open(batch, s.config.distill.enabled, 4)? else { return Ok(()) };
     let mut progress = std::mem::replace(&mut s.progress, Progress::new(m.get_flag("json")));
     let record = s.run().compress(&s.model, &mut |e| progress.show(e))?;
     let (_, verdict) = record.verdict();

@@ -11,10 +11,10 @@ use gpusq_tensor::ops::masked::MaskGradient;
 use crate::config::{self, Config, Site};
 use crate::distill::Mix;
 use crate::evaluate::predict;
-use crate::format::atomic::write_file;
 use crate::format::packed::round_dense;
 use crate::forward::{Bound, Inputs, TapSet, forward};
 use crate::model::{MANIFEST_FILE, Model, PACKED_FILE, STATE_DIR, Stage, apply, compressible};
+use crate::outdir::{self, Held};
 use crate::params::Weight;
 use crate::quant::{self, Calibration, Method};
 use crate::report::{self, RunRecord};
@@ -74,8 +74,6 @@ pub enum Event<'a> {
 /// Receives [`Event`]s.
 pub type Watch<'w> = dyn FnMut(Event) + 'w;
 
-/// File of the resolved configuration in an output folder.
-pub const CONFIG_FILE: &str = "gpusq.toml";
 const STATE_FILE: &str = "train.safetensors";
 /// Batch size of evaluation: large enough to fill the machine, small enough for its memory.
 const EVAL_BATCH: usize = 32;
@@ -218,30 +216,24 @@ impl Run<'_> {
         Ok((scores, start.elapsed().as_secs_f64()))
     }
 
-    /// Makes the output folder, or checks that it may be continued, and stores the configuration in it.
+    /// Makes the output folder, or checks that it may be continued, stores the configuration in it and keeps
+    /// other processes out while the result lives. `kind` names what is run, `model` is what it starts from.
     ///
     /// # Errors
-    /// A folder with content without `resume`; with it, one that holds another configuration.
-    pub fn open(&self) -> Result<()> {
-        let file = self.out.join(CONFIG_FILE);
-        let text = self.config.to_toml();
-        let used =
-            self.out.exists() && std::fs::read_dir(self.out).map_err(Error::io(self.out))?.next().is_some();
-        if used && !self.resume {
-            let message = "already exists and is not empty; choose another --out, continue it with --resume, or remove it";
-            return Err(Error::file(self.out, message));
-        }
-        if used {
-            let before = std::fs::read_to_string(&file).map_err(Error::io(&file))?;
-            if let Some((was, is)) = before.lines().zip(text.lines()).find(|(a, b)| a != b) {
-                let message =
-                    format!("the run to resume has `{was}`, this one `{is}`; resume with the same settings");
-                return Err(Error::file(file, message));
-            }
-            return Ok(());
-        }
-        std::fs::create_dir_all(self.out).map_err(Error::io(self.out))?;
-        write_file(&file, |w| w.write_all(text.as_bytes()))
+    /// A folder with content without `resume`; with it, one that holds another run or other settings; one
+    /// that another process writes into.
+    pub fn open(&self, kind: &str, model: &Model) -> Result<Held> {
+        let identity = outdir::identity(kind, self.task.name, model, self.train, self.dev);
+        outdir::open(self.out, self.resume, &identity, &self.config.to_toml())
+    }
+
+    /// The record of the run in `out`, if it is finished.
+    ///
+    /// # Errors
+    /// A record that does not parse.
+    pub fn finished(&self) -> Result<Option<RunRecord>> {
+        let file = self.out.join(report::RECORD_FILE);
+        if self.resume && file.exists() { report::read(&file).map(Some) } else { Ok(None) }
     }
 
     /// Runs one training stage in the folder `dir`: from its saved state if there is one, or not at all if
@@ -259,6 +251,7 @@ impl Run<'_> {
         if dir.join(MANIFEST_FILE).exists() {
             watch(Event::Note(&format!("{name}: finished before, read from {}", dir.display())));
             let model = Model::load(dir)?;
+            clear_state(&state_dir)?;
             let (scores, seconds) = self.score(&model, name, watch)?;
             let curve = read_curve(&dir.join("curve.json"))?;
             return Ok(Trained { model, scores, seconds, curve, errors: Vec::new() });
@@ -281,7 +274,7 @@ impl Run<'_> {
         let (scores, _) = self.score(&model, name, watch)?;
         crate::model::write_json(&dir.join("curve.json"), &report.curve)?;
         model.save(dir, self.tokenizer_dir)?;
-        std::fs::remove_dir_all(&state_dir).map_err(Error::io(&state_dir))?;
+        clear_state(&state_dir)?;
         // What a later stage sees is what is on disk, so that a resumed run sees the same.
         let model = Model::load(dir)?;
         let seconds = report.seconds.max(clock.elapsed().as_secs_f64());
@@ -453,6 +446,18 @@ pub fn curve(stage: &str, points: &[train::Point]) -> report::Curve {
         lr: p.learning_rate,
     };
     report::Curve { stage: stage.into(), points: points.iter().map(point).collect() }
+}
+
+/// Removes the state of a stage that is finished, and its folder unless the run's lock is in it.
+fn clear_state(folder: &Path) -> Result<()> {
+    let file = folder.join(STATE_FILE);
+    match std::fs::remove_file(&file) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(&file)(e)),
+        _ => {}
+    }
+    // Fails where the lock is, and that is right.
+    let _ = std::fs::remove_dir(folder);
+    Ok(())
 }
 
 fn read_curve(path: &Path) -> Result<Vec<train::Point>> {

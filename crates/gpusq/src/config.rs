@@ -20,6 +20,9 @@ use setting::{Range, Setting, choice, one_of};
 use crate::sparsity::Pattern;
 use crate::{Error, Result};
 
+/// File of a run's settings in its output folder.
+pub const CONFIG_FILE: &str = "gpusq.toml";
+
 /// One setting of a table: where it lies in the struct and what may be put there.
 struct Field<'a> {
     key: &'static str,

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A file could not be read or written.
-    #[error("{}: {source}{}", path.display(), hint(source))]
+    #[error("{}: {source}{}", line(path.display()), hint(source))]
     Io {
         /// The file or folder.
         path: PathBuf,
@@ -14,7 +14,7 @@ pub enum Error {
         source: std::io::Error,
     },
     /// A file's content is not what its format allows.
-    #[error("{}: {message}", path.display())]
+    #[error("{}: {}", line(path.display()), line(message))]
     File {
         /// The file.
         path: PathBuf,
@@ -22,7 +22,7 @@ pub enum Error {
         message: String,
     },
     /// A line of a text file is not what the format allows. Lines count from 1.
-    #[error("{}:{line}: {message}", path.display())]
+    #[error("{}:{line}: {}", self::line(path.display()), self::line(message))]
     Line {
         /// The file.
         path: PathBuf,
@@ -32,7 +32,7 @@ pub enum Error {
         message: String,
     },
     /// A named weight is missing, misshapen or holds values that cannot be used.
-    #[error("{}: tensor `{name}`: {message}", path.display())]
+    #[error("{}: tensor `{}`: {}", line(path.display()), line(name), line(message))]
     Tensor {
         /// The file or folder that holds the weight.
         path: PathBuf,
@@ -42,11 +42,19 @@ pub enum Error {
         message: String,
     },
     /// A setting is unknown or out of range.
-    #[error("{0}")]
+    #[error("{}", line(.0))]
     Config(String),
     /// Two inputs that are each fine do not fit together (model and task, vocabulary and tokenizer).
-    #[error("{0}")]
+    #[error("{}", line(.0))]
     Mismatch(String),
+}
+
+/// `text` without line ends and other control characters: messages quote files, which may hold anything, and
+/// a message is one line that leaves a terminal alone.
+fn line(text: impl std::fmt::Display) -> String {
+    let text = text.to_string();
+    let escaped = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    if text.contains(char::is_control) { text.chars().map(escaped).collect() } else { text }
 }
 
 fn hint(source: &std::io::Error) -> &'static str {
@@ -55,6 +63,7 @@ fn hint(source: &std::io::Error) -> &'static str {
             "; free some space or choose another --out, nothing was left half-written"
         }
         std::io::ErrorKind::NotFound => "; check the path",
+        std::io::ErrorKind::PermissionDenied => "; you may not read or write it, change its permissions",
         _ => "",
     }
 }
@@ -84,3 +93,15 @@ impl Error {
 
 /// `std::result::Result` with the library's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
+
+#[cfg(test)]
+mod tests {
+    use super::Error;
+
+    #[test]
+    fn a_message_is_one_line_whatever_it_quotes() {
+        let error = Error::line("a\nb.tsv", 3, "label `\r\u{1b}[2J\u{e9}` is unknown");
+        assert_eq!(error.to_string(), "a\\nb.tsv:3: label `\\r\\u{1b}[2J\u{e9}` is unknown");
+        assert_eq!(Error::Config("x\ty".into()).to_string(), "x\\ty");
+    }
+}

@@ -7,9 +7,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use gpusq_tensor::Tensor;
+use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
 use crate::arch::{self, Config, Entry, Layout};
+use crate::config::CONFIG_FILE;
 use crate::format::atomic::write_file;
 pub use crate::format::packed::PACKED_FILE;
 use crate::format::packed::{pack_f16, pack_int8, read_packed, round_dense, write_packed};
@@ -93,7 +95,7 @@ pub const MANIFEST_FILE: &str = "gpusq.json";
 /// Folder of a run that is not finished.
 pub const STATE_DIR: &str = "state";
 /// Tokenizer files that go wherever a model goes.
-const TOKENIZER_FILES: &[&str] = &[
+pub(crate) const TOKENIZER_FILES: &[&str] = &[
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.txt",
@@ -115,17 +117,32 @@ impl Model {
                 "is not a folder; a model is a folder with config.json and model.safetensors",
             ));
         }
-        if dir.join(STATE_DIR).is_dir() && !dir.join(MANIFEST_FILE).exists() {
+        // The settings stand beside a model only where a command wrote both, and then the manifest comes last.
+        let unfinished = dir.join(STATE_DIR).is_dir()
+            || dir.join(PACKED_FILE).exists()
+            || (dir.join(CONFIG_FILE).exists() && dir.join("config.json").exists());
+        if unfinished && !dir.join(MANIFEST_FILE).exists() {
             return Err(Error::file(
                 dir,
                 "holds a run that is not finished; continue it with --resume first",
             ));
         }
+        if !dir.join("config.json").exists() {
+            let message = match dir.join("quantized").is_dir() || dir.join("pruned").is_dir() {
+                true => {
+                    "has no config.json; of a compressed model, give one of the folders in it, such as packed"
+                }
+                false => "has no config.json; a model is a folder with config.json and model.safetensors",
+            };
+            return Err(Error::file(dir, message));
+        }
         let config = Config::read(dir)?;
         let spec = (arch::find(&config)?.spec)(&config)?;
         let (stage, attention, task) = match Manifest::read(dir)? {
             Some(m) => {
-                let pattern = m.attention.as_deref().map(str::parse).transpose()?;
+                let pattern = m.attention.as_deref().map(str::parse).transpose();
+                let pattern = pattern
+                    .map_err(|e: Error| Error::file(dir.join(MANIFEST_FILE), format!("`attention`: {e}")))?;
                 (m.stage, pattern, m.task)
             }
             None => (Stage::Dense, None, None),
@@ -200,11 +217,12 @@ impl Model {
                 ));
             };
             used.insert(theirs.to_string());
-            let tensor = checkpoint.tensor(theirs)?;
-            if !matches!(tensor.dtype(), gpusq_tensor::DType::F32) {
-                let found = format!("holds {:?} elements; weights must be F32, F16 or BF16", tensor.dtype());
+            let dtype = checkpoint.info(theirs).expect("found by its name").dtype;
+            if !matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+                let found = format!("holds {dtype:?} elements; weights must be F32, F16 or BF16");
                 return Err(Error::tensor(checkpoint.path(), theirs, found));
             }
+            let tensor = checkpoint.tensor(theirs)?;
             check_finite(checkpoint.path(), theirs, &tensor)?;
             // A bare BERT carries a trained pooler, which its specification has no place for until a task
             // gives it a classifier.
@@ -451,15 +469,26 @@ impl Manifest {
             return Ok(None);
         }
         let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+        Self::parse(&path, &text).map(Some)
+    }
+
+    fn parse(path: &Path, text: &str) -> Result<Manifest> {
         let version =
-            serde_json::from_str::<serde_json::Value>(&text).ok().and_then(|v| v["format_version"].as_u64());
+            serde_json::from_str::<serde_json::Value>(text).ok().and_then(|v| v["format_version"].as_u64());
         if version.is_some_and(|v| v != MANIFEST_VERSION as u64) {
-            let message =
-                format!("has format_version {}; this program reads {MANIFEST_VERSION}", version.unwrap_or(0));
+            let message = format!(
+                "has format_version {}; this program reads {MANIFEST_VERSION}, use a newer one",
+                version.unwrap_or(0)
+            );
             return Err(Error::file(path, message));
         }
-        let parsed = serde_json::from_str(&text).map_err(|e| Error::line(&path, e.line(), e.to_string()))?;
-        Ok(Some(parsed))
+        serde_json::from_str(text).map_err(|e| {
+            Error::line(
+                path,
+                e.line(),
+                format!("not a manifest of gpusq: {e}; copy the folder again from its source"),
+            )
+        })
     }
 }
 

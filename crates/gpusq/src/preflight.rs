@@ -124,6 +124,12 @@ pub fn check_fit(model: &Model, tokenizer: &Tokenizer, data: &[&Dataset]) -> Res
         if d.examples.is_empty() {
             return Err(Error::Mismatch(format!("the {} split of {} has no example", d.split, d.name)));
         }
+        let segment = d.examples.iter().flat_map(|e| &e.types).max().copied().unwrap_or(0) as usize;
+        if let Some(types) = spec.stacks().map(|(_, s)| s.embed.types).find(|&t| t > 0 && segment >= t) {
+            return Err(Error::Mismatch(format!(
+                "the tokenizer gives segment {segment} and the model has {types}; use the tokenizer the model was trained with"
+            )));
+        }
         if let Some(e) = d.examples.iter().find(|e| e.ids.len() > limit) {
             return Err(Error::Mismatch(format!(
                 "an example has {} tokens and the model takes {limit}; set data.max_length to at most {limit}",

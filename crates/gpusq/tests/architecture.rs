@@ -15,7 +15,7 @@ const LAYERS: &[&[&str]] = &[
     &["spec", "params", "sparsity", "task", "report"],
     &["arch", "format", "inputs", "config"],
     &["model"],
-    &["forward", "engine"],
+    &["forward", "engine", "hub", "outdir"],
     &["quant", "distill"],
     &["train"],
     &["evaluate", "preflight"],

@@ -6,6 +6,9 @@ use std::path::{Path, PathBuf};
 
 use crate::{Error, Result};
 
+/// How the names of files that are being written end; they begin with a dot.
+const PARTIAL: &str = ".tmp";
+
 /// Writes the file `path` through `content` so that a reader, now or after a crash, sees the old file or
 /// the whole new one.
 ///
@@ -26,7 +29,7 @@ pub fn write_file(
         prefix.push(name);
         prefix.push(".");
         let mut builder = tempfile::Builder::new();
-        builder.prefix(&prefix).suffix(".tmp");
+        builder.prefix(&prefix).suffix(PARTIAL);
         // The default of temporary files, 0600, would leave models that colleagues cannot read.
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
@@ -159,6 +162,27 @@ impl Drop for OutDir {
 pub fn free_space(path: impl AsRef<Path>) -> Option<u64> {
     let path = std::path::absolute(path).ok()?;
     fs4::available_space(path.ancestors().find(|p| p.exists())?).ok()
+}
+
+/// Removes what [`write_file`] and the report left half-written in `folder` and the folders in it when the
+/// process was killed. For a caller that knows no other process is writing there.
+///
+/// # Errors
+/// [`Error::Io`] when a folder cannot be read or a file not removed.
+pub(crate) fn remove_partial(folder: &Path) -> Result<()> {
+    for entry in fs::read_dir(folder).map_err(Error::io(folder))? {
+        let entry = entry.map_err(Error::io(folder))?;
+        let (path, name) = (entry.path(), entry.file_name());
+        let name = name.to_string_lossy();
+        // Does not follow links.
+        let kind = entry.file_type().map_err(Error::io(&path))?;
+        if kind.is_dir() {
+            remove_partial(&path)?;
+        } else if kind.is_file() && name.starts_with('.') && name.ends_with(PARTIAL) {
+            fs::remove_file(&path).map_err(Error::io(&path))?;
+        }
+    }
+    Ok(())
 }
 
 fn parent(path: &Path) -> &Path {

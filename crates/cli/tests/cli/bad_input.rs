@@ -1,0 +1,346 @@
+//! Every kind of bad input ends in one line that says where and what to do, and changes nothing.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::tiny::{compressed, copy, data, dense, killed, model, program, run, settings, train, tree};
+
+/// Inputs of a run, to be spoilt.
+struct Inputs {
+    dir: tempfile::TempDir,
+    args: Vec<String>,
+}
+
+impl Inputs {
+    /// A run of `command` from a copy of the model folder `from`.
+    fn of(command: &str, from: &Path) -> Inputs {
+        let dir = tempfile::tempdir().unwrap();
+        copy(from, &dir.path().join("model"));
+        copy(&data(), &dir.path().join("data"));
+        fs::copy(settings(), dir.path().join("settings.toml")).unwrap();
+        let mut args = train(command, &dir.path().join("model"), &dir.path().join("out"));
+        for (flag, name) in [("--data", "data"), ("--config", "settings.toml")] {
+            let at = args.iter().position(|a| a == flag).unwrap();
+            args[at + 1] = dir.path().join(name).to_str().unwrap().into();
+        }
+        Inputs { dir, args }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn replace(&self, name: &str, from: &str, to: &str) {
+        let text = fs::read_to_string(self.path(name)).unwrap();
+        assert!(text.contains(from), "{text}");
+        fs::write(self.path(name), text.replacen(from, to, 1)).unwrap();
+    }
+
+    /// Changes the header of the model's weights; the lengths stay right.
+    fn header(&self, change: impl Fn(String) -> String) {
+        let path = self.path("model/model.safetensors");
+        let bytes = fs::read(&path).unwrap();
+        let len = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let header = change(String::from_utf8(bytes[8..8 + len].to_vec()).unwrap());
+        let new = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &bytes[8 + len..]].concat();
+        fs::write(path, new).unwrap();
+    }
+
+    /// Changes the entry of one tensor in the header.
+    fn entry(&self, name: &str, change: impl Fn(&mut Value)) {
+        self.header(|h| {
+            let mut json: Value = serde_json::from_str(&h).unwrap();
+            change(&mut json[name]);
+            json.to_string()
+        });
+    }
+
+    /// The run fails with `code` and `parts`, and leaves everything as it is.
+    #[track_caller]
+    fn fails(&self, code: i32, parts: &[&str]) {
+        let before = tree(self.dir.path());
+        run(&self.args).fails(code, parts);
+        assert!(tree(self.dir.path()) == before, "something was written: {:?}", tree(self.dir.path()).keys());
+        // For people there is nothing on standard output, and the same line.
+        let plain: Vec<String> = self.args.iter().filter(|a| *a != "--json").cloned().collect();
+        let done = run(&plain);
+        assert_eq!((done.code, done.stdout.as_str()), (Some(code), ""));
+        assert_eq!(done.stderr.lines().filter(|l| l.starts_with("error: ")).count(), 1, "{}", done.stderr);
+    }
+}
+
+const WEIGHT: &str = "bert.encoder.layer.1.attention.self.query.weight";
+
+#[test]
+fn spoilt_weights_are_refused() {
+    let file = "model/model.safetensors";
+    let new = || Inputs::of("finetune", &model());
+    let i = new();
+    let bytes = fs::read(i.path(file)).unwrap();
+    fs::write(i.path(file), &bytes[..bytes.len() - 100]).unwrap();
+    i.fails(1, &[i.path(file).to_str().unwrap()]);
+    fs::write(i.path(file), &bytes[..300]).unwrap();
+    i.fails(1, &[i.path(file).to_str().unwrap()]);
+    fs::write(i.path(file), b"").unwrap();
+    i.fails(1, &[i.path(file).to_str().unwrap()]);
+    let huge = [&(1u64 << 40).to_le_bytes()[..], &bytes[8..]].concat();
+    fs::write(i.path(file), huge).unwrap();
+    i.fails(1, &[i.path(file).to_str().unwrap(), "header"]);
+
+    let i = new();
+    i.entry(WEIGHT, |t| t["dtype"] = "I32".into());
+    i.fails(1, &[WEIGHT, "I32"]);
+    let i = new();
+    i.entry(WEIGHT, |t| {
+        t["dtype"] = "I64".into();
+        t["shape"][1] = 16.into();
+    });
+    i.fails(1, &[WEIGHT, "I64"]);
+    let i = new();
+    i.entry(WEIGHT, |t| {
+        t["dtype"] = "F8_E4M3".into();
+        t["shape"][1] = 128.into();
+    });
+    i.fails(1, &[WEIGHT, "F8_E4M3"]);
+    let i = new();
+    i.entry(WEIGHT, |t| t["shape"] = serde_json::json!([16, 64]));
+    i.fails(1, &[WEIGHT, "[16, 64]", "[32, 32]"]);
+    let i = new();
+    i.header(|h| h.replacen(WEIGHT, "another", 1));
+    i.fails(1, &[WEIGHT, "missing"]);
+    let i = new();
+    // The header as text: a JSON library would drop one of the two.
+    i.header(|h| {
+        let json: Value = serde_json::from_str(&h).unwrap();
+        format!("{{\"{WEIGHT}\":{},{}", json[WEIGHT], h.trim_start().strip_prefix('{').unwrap())
+    });
+    i.fails(1, &[i.path(file).to_str().unwrap(), WEIGHT]);
+
+    for (value, shown) in [(f32::NAN, "NaN"), (f32::INFINITY, "inf")] {
+        let i = new();
+        let mut bytes = fs::read(i.path(file)).unwrap();
+        let len = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let header: Value = serde_json::from_slice(&bytes[8..8 + len]).unwrap();
+        let at = 8 + len + header[WEIGHT]["data_offsets"][0].as_u64().unwrap() as usize + 12;
+        bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+        fs::write(i.path(file), bytes).unwrap();
+        i.fails(1, &[WEIGHT, shown]);
+    }
+
+    let i = new();
+    fs::remove_file(i.path(file)).unwrap();
+    i.fails(1, &[i.path("model").to_str().unwrap(), "model.safetensors"]);
+    fs::write(i.path("model/pytorch_model.bin"), b"x").unwrap();
+    i.fails(1, &["pytorch_model.bin", "save_pretrained"]);
+}
+
+#[test]
+fn spoilt_configurations_and_vocabularies_are_refused() {
+    let config = "model/config.json";
+    let new = || Inputs::of("finetune", &model());
+    let i = new();
+    i.replace(config, "\"bert\"", "\"mamba\"");
+    i.fails(1, &[i.path(config).to_str().unwrap(), "mamba", "distilbert"]);
+    let i = new();
+    fs::write(i.path(config), "{\n  \"model_type\": bert\n}").unwrap();
+    i.fails(1, &[&format!("{}:2:", i.path(config).display()), "JSON"]);
+    let i = new();
+    i.replace(config, "\"hidden_size\": 32", "\"hidden_size\": 1000000000000");
+    i.fails(1, &[i.path(config).to_str().unwrap(), "hidden_size"]);
+    let i = new();
+    fs::remove_file(i.path(config)).unwrap();
+    i.fails(1, &[i.path("model").to_str().unwrap(), "config.json"]);
+
+    let vocab = "model/vocab.txt";
+    let i = new();
+    let words = fs::read_to_string(i.path(vocab)).unwrap();
+    fs::write(i.path(vocab), words + "one\ntwo\n").unwrap();
+    i.fails(1, &["43 entries", "41", "tokenizer"]);
+    let i = new();
+    i.replace(vocab, "[CLS]", "[KLS]");
+    i.fails(1, &[i.path(vocab).to_str().unwrap(), "[CLS]"]);
+    let i = new();
+    fs::remove_file(i.path(vocab)).unwrap();
+    i.fails(1, &[i.path("model").to_str().unwrap(), "no tokenizer"]);
+    let i = new();
+    fs::write(i.path("model/tokenizer.json"), "{}").unwrap();
+    i.fails(1, &[i.path("model/tokenizer.json").to_str().unwrap()]);
+}
+
+#[test]
+fn spoilt_data_is_refused() {
+    let train = "data/train.tsv";
+    let new = || Inputs::of("finetune", &model());
+    let i = new();
+    i.replace(train, "sentence\tlabel", "sentence\tanswer");
+    i.fails(1, &[&format!("{}:1:", i.path(train).display()), "`label`"]);
+    let i = new();
+    fs::write(i.path(train), "").unwrap();
+    i.fails(1, &[i.path(train).to_str().unwrap(), "empty"]);
+    let i = new();
+    fs::write(i.path(train), "sentence\tlabel\n").unwrap();
+    i.fails(1, &[i.path(train).to_str().unwrap(), "no examples"]);
+    let i = new();
+    fs::write(i.path(train), "sentence\tlabel\ngood\t1\nbad\t7\n").unwrap();
+    i.fails(1, &[&format!("{}:3:", i.path(train).display()), "`7`"]);
+    let i = new();
+    fs::write(i.path(train), "sentence\tlabel\ngood\n").unwrap();
+    i.fails(1, &[&format!("{}:2:", i.path(train).display()), "2 tab-separated fields"]);
+    let i = new();
+    fs::write(i.path(train), b"sentence\tlabel\n\xff\xfe\t1\n").unwrap();
+    i.fails(1, &[&format!("{}:2:", i.path(train).display()), "UTF-8"]);
+    let i = new();
+    fs::remove_file(i.path("data/dev.tsv")).unwrap();
+    i.fails(1, &[i.path("data").to_str().unwrap(), "dev.tsv"]);
+}
+
+#[test]
+fn wrong_settings_are_refused() {
+    let new = || Inputs::of("finetune", &model());
+    let i = new();
+    i.replace("settings.toml", "epochs = 12", "epoch = 12");
+    i.fails(1, &[&format!("{}:2:", i.path("settings.toml").display()), "epoch", "epochs"]);
+    let i = new();
+    i.replace("settings.toml", "epochs = 12", "epochs = -1");
+    i.fails(1, &[&format!("{}:2:", i.path("settings.toml").display()), "-1"]);
+    let i = new();
+    i.replace("settings.toml", "epochs = 12", "epochs = [\n\"\"\"\n");
+    i.fails(1, &[i.path("settings.toml").to_str().unwrap(), "TOML"]);
+    let more = |words: &[&str]| {
+        let mut i = new();
+        i.args.extend(words.iter().map(|w| w.to_string()));
+        i
+    };
+    more(&["--preset", "quik"]).fails(2, &["quik", "quick"]);
+    more(&["--epochs", "many"]).fails(2, &["epochs", "many"]);
+    more(&["--seed", "x"]).fails(2, &["seed", "x"]);
+    more(&["--epoch", "1"]).fails(2, &["--epoch"]);
+    more(&["--max-length", "4096"]).fails(2, &["--max-length"]);
+    more(&["--data.max-length", "4096"]).fails(1, &["4096", "32"]);
+    let mut i = new();
+    let at = i.args.iter().position(|a| a == "sst2").unwrap();
+    i.args[at] = "sst3".into();
+    i.fails(2, &["sst3", "sst2"]);
+    i.args[at] = "squad".into();
+    i.fails(1, &[i.path("data").to_str().unwrap(), "train-v1.1.json"]);
+    let i = more(&["--config", "/does/not/exist.toml"]);
+    i.fails(2, &["--config"]);
+}
+
+#[test]
+fn commands_refuse_models_of_the_wrong_stage() {
+    let all = compressed();
+    let pruned = all.join("pruned");
+    for (command, from, parts) in [
+        ("quantize", dense(), ["is dense", "gpusq prune"]),
+        ("prune", pruned.clone(), ["is 2:4", "dense model"]),
+        ("compress", pruned.clone(), ["is 2:4", "dense model"]),
+        ("finetune", pruned.clone(), ["is 2:4", "dense model"]),
+        ("quantize", all.join("quantized"), ["is 2:4 INT8", "2:4 model"]),
+        ("prune", all.join("packed"), ["is 2:4 INT8 (packed)", "dense model"]),
+        ("prune", model(), ["no trained head", "gpusq finetune"]),
+        ("compress", model(), ["no trained head", "gpusq finetune"]),
+    ] {
+        let i = Inputs::of(command, &from);
+        i.fails(1, &[&[i.path("model").to_str().unwrap()], &parts[..]].concat());
+    }
+    // A head for another task.
+    let mut i = Inputs::of("quantize", &pruned);
+    let at = i.args.iter().position(|a| a == "sst2").unwrap();
+    i.args[at] = "mnli".into();
+    i.fails(1, &["no trained head for mnli"]);
+    // What compress wrote is not itself a model.
+    Inputs::of("prune", &all).fails(1, &["config.json", "packed"]);
+}
+
+#[test]
+fn output_folders_in_use_are_refused() {
+    let i = Inputs::of("finetune", &model());
+    fs::create_dir(i.path("out")).unwrap();
+    fs::write(i.path("out/letter.txt"), "dear").unwrap();
+    i.fails(1, &[i.path("out").to_str().unwrap(), "not empty"]);
+    let mut i = i;
+    i.args.push("--resume".into());
+    i.fails(1, &[i.path("out").to_str().unwrap(), "no run to resume"]);
+    let i = Inputs::of("finetune", &model());
+    fs::write(i.path("out"), "a file").unwrap();
+    i.fails(1, &[i.path("out").to_str().unwrap(), "not a folder"]);
+    let i = Inputs::of("finetune", &model());
+    fs::create_dir(i.path("out")).unwrap();
+    run(&i.args).ok();
+}
+
+#[test]
+fn an_unfinished_run_is_not_a_model() {
+    let dir = tempfile::tempdir().unwrap();
+    for (command, from) in [("finetune", model()), ("compress", dense())] {
+        let out = dir.path().join(command);
+        killed(&train(command, &from, &out), &out, &[&|e| e["event"] == "saved"]);
+        let i = Inputs::of("prune", &out);
+        i.fails(1, &[i.path("model").to_str().unwrap(), "not finished", "--resume"]);
+    }
+    // Stopped between the weights and the manifest, which comes last.
+    for from in [dense(), compressed().join("packed")] {
+        let i = Inputs::of("prune", &from);
+        fs::remove_file(i.path("model/gpusq.json")).unwrap();
+        i.fails(1, &[i.path("model").to_str().unwrap(), "not finished", "--resume"]);
+    }
+}
+
+#[test]
+fn eval_and_inspect_refuse_what_they_cannot_use() {
+    let d = data();
+    let folder = d.to_str().unwrap();
+    let eval = |dir: &Path, more: &[&str]| {
+        let args = ["eval", "--model", dir.to_str().unwrap(), "--data", folder, "--json"];
+        run(&args.iter().chain(more).map(|s| s.to_string()).collect::<Vec<_>>())
+    };
+    eval(&dense(), &["--split", "test"]).fails(2, &["test", "train or dev"]);
+    eval(&dense(), &["--task", "nope"]).fails(2, &["nope"]);
+    eval(&dense(), &["--task", "mnli"]).fails(1, &["no trained head for mnli"]);
+    eval(&dense(), &["--batch-size", "0"]).fails(2, &["--batch-size"]);
+    eval(&dense(), &["--max-length", "1"]).fails(2, &["1 tokens"]);
+    eval(&model(), &["--task", "sst2"])
+        .fails(1, &[model().to_str().unwrap(), "no trained head", "gpusq finetune"]);
+    eval(&model(), &[]).fails(2, &["--task"]);
+    eval(&compressed(), &[]).fails(1, &["packed"]);
+
+    let dir = tempfile::tempdir().unwrap();
+    let packed = dir.path().join("packed");
+    copy(&compressed().join("packed"), &packed);
+    let file = packed.join("model.gpusq.safetensors");
+    let whole = fs::read(&file).unwrap();
+    fs::write(&file, &whole[..whole.len() / 2]).unwrap();
+    eval(&packed, &[]).fails(1, &[file.to_str().unwrap()]);
+    fs::write(&file, &whole).unwrap();
+    let manifest = packed.join("gpusq.json");
+    let text = fs::read_to_string(&manifest).unwrap();
+    for (from, to, part) in [
+        ("packed-int8", "packed-int9", "packed-int9"),
+        ("\"format_version\": 1", "\"format_version\": 9", "format_version 9"),
+        ("\"attention\": null", "\"attention\": \"x\"", "attention"),
+        ("{", "[", "gpusq.json"),
+    ] {
+        assert!(text.contains(from), "{text}");
+        fs::write(&manifest, text.replacen(from, to, 1)).unwrap();
+        eval(&packed, &[]).fails(1, &[manifest.to_str().unwrap(), part]);
+    }
+    // A dense checkpoint under a manifest that calls it pruned.
+    let wrong = dir.path().join("wrong");
+    copy(&dense(), &wrong);
+    let text = fs::read_to_string(wrong.join("gpusq.json")).unwrap();
+    fs::write(wrong.join("gpusq.json"), text.replace("\"dense\"", "\"pruned\"")).unwrap();
+    eval(&wrong, &[]).fails(1, &["is not 2:4", "row"]);
+    let inspect = ["inspect", wrong.to_str().unwrap(), "--json"].map(String::from);
+    run(&inspect).fails(1, &["is not 2:4"]);
+}
+
+#[test]
+fn the_command_line_explains_itself() {
+    for (args, code) in [(&["--help"][..], 0), (&["compress", "--help"], 0), (&[], 2), (&["compact"], 2)] {
+        let done = crate::tiny::finish(&mut program(&args.iter().map(|s| s.to_string()).collect::<Vec<_>>()));
+        assert_eq!(done.code, Some(code), "{args:?}: {}", done.stderr);
+    }
+}

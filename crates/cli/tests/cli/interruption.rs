@@ -1,0 +1,226 @@
+//! Runs that are killed or run out of disk continue to the same bytes, and never leave a broken file.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use gpusq::format::safetensors::Checkpoint;
+
+use serde_json::Value;
+
+use crate::tiny::{assert_same, compressed, dense, finish, killed, model, program, run, start, train, tree};
+
+fn resumed(args: &[String]) -> Vec<String> {
+    [args, &["--resume".into()]].concat()
+}
+
+#[test]
+fn a_run_killed_in_each_stage_continues_to_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    for (command, from, stage, whole) in [
+        ("finetune", model(), "dense", dense()),
+        ("compress", dense(), "2:4", compressed()),
+        ("compress", dense(), "2:4 INT8", compressed()),
+    ] {
+        let out = dir.path().join(stage.replace([' ', ':'], "-"));
+        let args = train(command, &from, &out);
+        let saved = |e: &Value| e["event"] == "saved" && e["stage"] == stage && e["step"] == 8;
+        // Two steps behind the checkpoint: they are taken again.
+        let further = |e: &Value| e["event"] == "step" && e["step"] == 10;
+        killed(&args, &out, &[&saved, &further]);
+        let done = run(&resumed(&args));
+        done.ok();
+        let at = done.events().into_iter().rfind(|e| e["event"] == "stage" && e["stage"] == stage).unwrap();
+        let step = at["done"].as_u64().unwrap();
+        assert!(step >= 8 && step % 4 == 0, "{at}");
+        assert_same(&out, &whole);
+    }
+}
+
+/// Every file under a final name is whole.
+fn assert_nothing_broken(out: &Path) {
+    for (name, bytes) in tree(out) {
+        let file = Path::new(&name).file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if file.starts_with('.') || name.ends_with('/') {
+            continue;
+        }
+        if file.ends_with(".safetensors") {
+            Checkpoint::open_file(out.join(&name)).unwrap();
+        } else if file.ends_with(".json") {
+            serde_json::from_slice::<serde_json::Value>(&bytes).unwrap();
+        }
+    }
+}
+
+#[test]
+fn kills_at_any_moment_break_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    // Saves after every step, so that many kills hit one.
+    let more = ["--prune.checkpoint-every", "1", "--quantize.checkpoint-every", "1"];
+    let slow = |out: &Path| {
+        let args = train("compress", &dense(), out);
+        args.into_iter().chain(more.map(String::from)).collect::<Vec<_>>()
+    };
+    let (whole, out) = (dir.path().join("whole"), dir.path().join("out"));
+    let clock = Instant::now();
+    run(&slow(&whole)).ok();
+    let all = clock.elapsed();
+    let args = resumed(&slow(&out));
+    // Times from before the folder is made on, spread by a fixed rule (multiples of the golden ratio).
+    let mut kills = 0;
+    for i in 1..=16u32 {
+        let child = start(&args);
+        std::thread::sleep(all.mul_f64(0.02 + 0.3 * (f64::from(i) * 0.618_034 % 1.0)));
+        kills += u32::from(child.kill());
+        assert_nothing_broken(&out);
+    }
+    assert!(kills >= 6, "only {kills} runs were killed before they ended");
+    run(&args).ok();
+    assert_same(&out, &whole);
+}
+
+#[test]
+fn a_finished_run_says_so_and_stays_as_it_is() {
+    let out = compressed();
+    let args = resumed(&train("compress", &dense(), &out));
+    let before = tree(&out);
+    let done = run(&args);
+    done.ok();
+    let record: serde_json::Value = serde_json::from_slice(&before["run.json"]).unwrap();
+    let of = |stages: &serde_json::Value| -> Vec<serde_json::Value> {
+        stages.as_array().unwrap().iter().map(|s| s["scores"].clone()).collect()
+    };
+    assert_eq!(of(&done.event("finished")["stages"]), of(&record["stages"]));
+    assert!(tree(&out) == before);
+    let plain: Vec<String> = args.into_iter().filter(|a| a != "--json").collect();
+    assert!(run(&plain).stdout.contains("finished"));
+}
+
+#[test]
+fn resuming_another_run_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let args = train("prune", &dense(), &out);
+    killed(&args, &out, &[&|e| e["event"] == "saved"]);
+    let before = tree(&out);
+    let with = |more: &[&str]| {
+        [&resumed(&args)[..], &more.iter().map(|s| s.to_string()).collect::<Vec<_>>()].concat()
+    };
+    let toml = out.join("gpusq.toml");
+    let file = toml.to_str().unwrap();
+    run(&with(&["--learning-rate", "1e-4"]))
+        .fails(1, &[file, "learning_rate = 0.001", "learning_rate = 1e-4"]);
+    run(&with(&["--seed", "3"])).fails(1, &[file, "seed = 42", "seed = 3"]);
+    run(&resumed(&train("compress", &dense(), &out)))
+        .fails(1, &[file, "command: prune", "command: compress"]);
+    let other = dir.path().join("other");
+    crate::tiny::copy(&dense(), &other);
+    let weights = other.join("model.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    // The lowest bit of the last weight.
+    let last = bytes.len() - 4;
+    bytes[last] ^= 1;
+    std::fs::write(&weights, bytes).unwrap();
+    run(&resumed(&train("prune", &other, &out))).fails(1, &[file, "model: bert, digest"]);
+    let mut after = tree(&out);
+    let mut before = before;
+    // The lock of the killed run is gone; all else stays.
+    after.remove("state/lock");
+    before.remove("state/lock");
+    assert!(after == before);
+    run(&resumed(&args)).ok();
+}
+
+#[test]
+fn resuming_where_nothing_is_starts_a_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("new/out");
+    run(&resumed(&train("prune", &dense(), &out))).ok();
+    crate::tiny::assert_same_stage(&out, &compressed().join("pruned"));
+}
+
+/// A small disk of its own, where the tests may mount one.
+struct Disk(PathBuf);
+
+impl Disk {
+    fn mount(at: PathBuf, kib: u32) -> Option<Disk> {
+        std::fs::create_dir_all(&at).unwrap();
+        let mount = std::process::Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={kib}k"), "tmpfs"])
+            .arg(&at)
+            .stderr(std::process::Stdio::null())
+            .status();
+        if !mount.is_ok_and(|s| s.success()) {
+            println!("skipped: no small disk can be mounted here (needs root)");
+            return None;
+        }
+        Some(Disk(at))
+    }
+
+    /// Leaves `kib` free.
+    fn fill(&self, kib: u64) -> PathBuf {
+        let free = gpusq::format::atomic::free_space(&self.0).unwrap();
+        let path = self.0.join("filler");
+        std::fs::write(&path, vec![0u8; (free.saturating_sub(kib * 1024)) as usize]).unwrap();
+        path
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_full_disk_while_saving_keeps_what_was_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(disk) = Disk::mount(dir.path().join("disk"), 4096) else { return };
+    // Runs until the disk is full and reports on it; again from the start where the run was quicker.
+    let run_full = |args: &[String], out: &Path, event: &str, file: &str| {
+        for _ in 0..10 {
+            let mut first = start(args);
+            first.wait_for(|e| e["event"] == event);
+            let filler = disk.fill(16);
+            let mut message = None;
+            first.wait_for_end(|e| message = message.take().or(e["message"].as_str().map(String::from)));
+            if let Some(message) = message {
+                assert!(message.contains(file) && message.contains("free some space"), "{message}");
+                return filler;
+            }
+            std::fs::remove_file(filler).unwrap();
+            std::fs::remove_dir_all(out).unwrap();
+        }
+        panic!("the run always ended before the disk was full");
+    };
+
+    // In the middle of a checkpoint.
+    let out = disk.0.join("out");
+    let args = train("finetune", &model(), &out);
+    let filler = run_full(&args, &out, "saved", "train.safetensors");
+    Checkpoint::open_file(out.join("state/train.safetensors")).unwrap();
+    let left: Vec<String> = tree(&out).into_keys().collect();
+    assert_eq!(left, ["gpusq.toml", "state/", "state/train.safetensors"], "nothing half-written");
+    run(&["inspect".into(), out.to_str().unwrap().into(), "--json".into()])
+        .fails(1, &["not finished", "--resume"]);
+    std::fs::remove_file(&filler).unwrap();
+    run(&resumed(&args)).ok();
+    assert_same(&out, &dense());
+    std::fs::remove_dir_all(&out).unwrap();
+
+    // In the middle of the model at the end.
+    let args = [&args[..], &["--checkpoint-every".into(), "0".into()]].concat();
+    let filler = run_full(&args, &out, "step", "model.safetensors");
+    let left: Vec<String> = tree(&out).into_keys().collect();
+    assert_eq!(left, ["curve.json", "gpusq.toml"], "nothing half-written");
+    std::fs::remove_file(&filler).unwrap();
+    run(&resumed(&args)).ok();
+    let weights = |dir: &Path| std::fs::read(dir.join("model.safetensors")).unwrap();
+    assert!(weights(&out) == weights(&dense()));
+    std::fs::remove_dir_all(&out).unwrap();
+
+    // Known before it starts.
+    let filler = disk.fill(64);
+    finish(&mut program(&args)).fails(1, &[out.to_str().unwrap(), "of disk", "--out"]);
+    assert!(!out.exists());
+    std::fs::remove_file(&filler).unwrap();
+}

@@ -1,0 +1,124 @@
+//! Every stage's folder is a model that can be scored, inspected and handed to the next command.
+
+use std::path::Path;
+
+use gpusq::evaluate::predict;
+use gpusq::model::Model;
+use gpusq::task::{Split, Tokenizer, task};
+use serde_json::Value;
+
+use crate::tiny::{compressed, data, dense, run, start, train, tree};
+
+fn eval(dir: &Path, split: &str) -> Value {
+    let data = data();
+    let args = [
+        "eval",
+        "--model",
+        dir.to_str().unwrap(),
+        "--data",
+        data.to_str().unwrap(),
+        "--split",
+        split,
+        "--json",
+    ];
+    let done = run(&args.map(String::from));
+    done.ok();
+    assert_eq!(done.events().len(), 1);
+    done.event("scored")
+}
+
+#[test]
+fn every_stage_is_scored_and_the_packed_model_answers_as_the_quantised_one() {
+    let out = compressed();
+    let folders =
+        [dense(), out.join("pruned"), out.join("packed-fp16"), out.join("quantized"), out.join("packed")];
+    let stages = ["dense", "pruned", "packed-f16", "quantized", "packed-int8"];
+    for split in ["dev", "train"] {
+        let scored: Vec<Value> = folders.iter().map(|d| eval(d, split)).collect();
+        for (s, stage) in scored.iter().zip(stages) {
+            assert_eq!(
+                (s["stage"].as_str(), s["task"].as_str(), s["split"].as_str()),
+                (Some(stage), Some("sst2"), Some(split))
+            );
+            let accuracy = s["scores"]["accuracy"].as_f64().unwrap();
+            assert!(accuracy > 80.0, "{stage} learned nothing: {accuracy}");
+        }
+        assert_eq!(scored[3]["scores"], scored[4]["scores"]);
+    }
+    let logits = |dir: &Path| {
+        let (model, tokenizer) = (Model::load(dir).unwrap(), Tokenizer::load(dir).unwrap());
+        let dev = task("sst2").unwrap().load(&data(), Split::Dev, &tokenizer, 32).unwrap();
+        predict(&model, &dev, 7, tokenizer.pad_id(), &mut |_| {}).unwrap()
+    };
+    assert_eq!(logits(&folders[3]), logits(&folders[4]), "logits to the last bit");
+}
+
+#[test]
+fn every_stage_is_inspected() {
+    let out = compressed();
+    for dir in
+        [dense(), out.join("pruned"), out.join("packed-fp16"), out.join("quantized"), out.join("packed")]
+    {
+        let args = ["inspect", dir.to_str().unwrap(), "--json"].map(String::from);
+        let done = run(&args);
+        done.ok();
+        assert_eq!(
+            done.event("inspect")["compressible_linears"],
+            14,
+            "12 of the encoder, pooler and classifier"
+        );
+        assert_eq!(run(&args[..2]).code, Some(0));
+    }
+}
+
+#[test]
+fn single_stages_give_what_all_of_them_together_give() {
+    let dir = tempfile::tempdir().unwrap();
+    let (pruned, quantized) = (dir.path().join("pruned"), dir.path().join("quantized"));
+    run(&train("prune", &dense(), &pruned)).ok();
+    run(&train("quantize", &pruned, &quantized)).ok();
+    let all = compressed();
+    for (single, whole) in [(&pruned, all.join("pruned")), (&quantized, all.join("quantized"))] {
+        for file in ["model.safetensors", "gpusq.json", "curve.json", "config.json"] {
+            assert_eq!(
+                std::fs::read(single.join(file)).unwrap(),
+                std::fs::read(whole.join(file)).unwrap(),
+                "{file}"
+            );
+        }
+    }
+    assert_eq!(tree(&quantized.join("packed")), tree(&all.join("packed")));
+}
+
+#[test]
+fn a_run_goes_on_when_nobody_reads_its_output() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let mut child = crate::tiny::program(&train("prune", &dense(), &out))
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    assert!(child.wait().unwrap().success());
+    assert!(out.join("run.json").exists());
+}
+
+#[test]
+fn two_runs_into_one_folder_do_not_meet() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let args = [&train("prune", &dense(), &out)[..], &["--epochs", "1000"].map(String::from)].concat();
+    let resumed = [&args[..], &["--resume".into()]].concat();
+    let mut first = start(&args);
+    first.wait_for(|e| e["event"] == "saved");
+    first.pause();
+    let before = tree(&out);
+    run(&args).fails(1, &["not empty", "--resume"]);
+    run(&resumed).fails(1, &[out.to_str().unwrap(), "another run is writing here"]);
+    assert!(tree(&out) == before);
+    assert!(first.kill());
+    // The lock went with the process that held it.
+    let mut second = start(&resumed);
+    second.wait_for(|e| e["event"] == "stage" && e["done"].as_u64() >= Some(4));
+    assert!(second.kill());
+}
