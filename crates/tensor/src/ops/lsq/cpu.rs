@@ -2,7 +2,7 @@ use rayon::prelude::*;
 
 use super::QMAX;
 use crate::Tensor;
-use crate::cpu::{fold_rows, par_elements, par_rows, simd};
+use crate::cpu::{par_elements, par_rows, simd};
 
 /// The INT8 code of `x` under step size `s`, as f32: `clamp(round_half_even(x / s), -127, 127)`. NaN
 /// gives 0, and zero is always +0. The division is a true one: multiplying by a reciprocal gives other codes
@@ -45,33 +45,45 @@ fn map(x: &Tensor, f: impl Fn(f32) -> f32 + Sync) -> Tensor {
 
 /// One element's share of the gradients: (dx, ds before scaling).
 #[inline(always)]
-fn element(g: f32, x: f32, c: f32, s: f32) -> (f32, f32) {
+fn element(g: f32, x: f32, s: f32) -> (f32, f32) {
     let v = x / s;
     let inside = v.abs() <= QMAX;
+    let c = code(x, s);
     (if inside { g } else { 0.0 }, g * if inside { c - v } else { c })
 }
 
-pub(super) fn backward(grad: &Tensor, x: &Tensor, codes: &Tensor, s: f32) -> (Tensor, f32) {
-    let mut dx = Tensor::stale(x.shape());
-    let (g, x, c) = (grad.f32(), x.f32(), codes.f32());
-    par_elements(dx.f32_mut(), |at, block| {
-        simd(|| {
-            for (i, d) in block.iter_mut().enumerate() {
-                *d = element(g[at + i], x[at + i], c[at + i], s).0;
-            }
-        })
-    });
-    // Eight lanes, so that the sum vectorises and still has one fixed order.
-    let lanes = fold_rows(x.len().div_ceil(8), 8, |rows, sum| {
-        let range = rows.start * 8..x.len().min(rows.end * 8);
-        for ((g, x), c) in g[range.clone()].chunks(8).zip(x[range.clone()].chunks(8)).zip(c[range].chunks(8))
-        {
-            for i in 0..g.len() {
-                sum[i] += element(g[i], x[i], c[i], s).1;
-            }
+/// [`element`] over a block: writes `dx`, returns the sum of the shares. Sixteen running sums let it
+/// vectorise and still have one fixed order.
+#[inline(always)]
+fn elements(g: &[f32], x: &[f32], s: f32, dx: &mut [f32]) -> f32 {
+    let mut lanes = [0.0f32; 16];
+    let ((g, g_tail), (x, x_tail)) = (g.as_chunks::<16>(), x.as_chunks::<16>());
+    let (d, d_tail) = dx.as_chunks_mut::<16>();
+    for ((g, x), d) in g.iter().zip(x).zip(d) {
+        for i in 0..16 {
+            let (dx, share) = element(g[i], x[i], s);
+            d[i] = dx;
+            lanes[i] += share;
         }
-    });
-    (dx, lanes.iter().sum::<f32>() / (x.len() as f32 * QMAX).sqrt())
+    }
+    let mut sum = lanes.iter().sum::<f32>();
+    for ((g, x), d) in g_tail.iter().zip(x_tail).zip(d_tail) {
+        let (dx, share) = element(*g, *x, s);
+        *d = dx;
+        sum += share;
+    }
+    sum
+}
+
+pub(super) fn backward(grad: &Tensor, x: &Tensor, s: f32) -> (Tensor, f32) {
+    const BLOCK: usize = 8192;
+    let mut dx = Tensor::stale(x.shape());
+    let blocks = grad.f32().par_chunks(BLOCK).zip(x.f32().par_chunks(BLOCK));
+    let sums: Vec<f32> = blocks
+        .zip(dx.f32_mut().par_chunks_mut(BLOCK))
+        .map(|((g, x), dx)| simd(|| elements(g, x, s, dx)))
+        .collect();
+    (dx, sums.iter().sum::<f32>() / (x.len() as f32 * QMAX).sqrt())
 }
 
 pub(super) fn weight_codes(w: &Tensor, mask: &Tensor, scale: &Tensor) -> Tensor {
@@ -92,32 +104,28 @@ pub(super) fn weight_codes(w: &Tensor, mask: &Tensor, scale: &Tensor) -> Tensor 
     out
 }
 
-pub(super) fn weight_backward(
-    grad: &Tensor,
-    w: &Tensor,
-    mask: &Tensor,
-    codes: &Tensor,
-    scale: &Tensor,
-) -> (Tensor, Tensor) {
+pub(super) fn weight_backward(grad: &Tensor, w: &Tensor, mask: &Tensor, scale: &Tensor) -> (Tensor, Tensor) {
     let (rows, width) = (w.rows(), w.width());
     let mut dw = Tensor::stale(w.shape());
     let mut ds = vec![0.0; rows];
-    let (g, w, m, c, s) = (grad.f32(), w.f32(), mask.u8(), codes.f32(), scale.f32());
+    let (g, w, m, s) = (grad.f32(), w.f32(), mask.u8(), scale.f32());
     let n = (width as f32 * QMAX).sqrt();
-    dw.f32_mut().par_chunks_exact_mut(width).zip(&mut ds).enumerate().for_each(|(r, (row, ds))| {
-        let range = r * width..(r + 1) * width;
-        let (g, w, m, c, s) = (&g[range.clone()], &w[range.clone()], &m[range.clone()], &c[range], s[r]);
-        simd(|| {
-            let mut sum = 0.0;
-            for i in 0..width {
-                let keep = m[i] as f32;
-                let (dx, share) = element(g[i], w[i] * keep, c[i], s);
-                row[i] = dx * keep;
-                sum += share;
-            }
-            *ds = sum / n;
-        });
-    });
+    dw.f32_mut().par_chunks_exact_mut(width).zip(&mut ds).enumerate().for_each_init(
+        || vec![0.0; width],
+        |kept, (r, (row, ds))| {
+            let range = r * width..(r + 1) * width;
+            let (g, w, m) = (&g[range.clone()], &w[range.clone()], &m[range]);
+            simd(|| {
+                for ((k, w), m) in kept.iter_mut().zip(w).zip(m) {
+                    *k = w * *m as f32;
+                }
+                *ds = elements(g, kept, s[r], row) / n;
+                for (d, m) in row.iter_mut().zip(m) {
+                    *d *= *m as f32;
+                }
+            });
+        },
+    );
     let ds = Tensor::from_f32(ds, &[rows]);
     (dw, ds)
 }

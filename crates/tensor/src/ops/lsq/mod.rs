@@ -31,10 +31,8 @@ pub fn quantize_activation(tape: &Tape, x: &Var, scale: &Var) -> Quantized {
         Device::Cpu => cpu::codes(x.value(), s),
     };
     let (x2, s2) = (x.clone(), scale.clone());
-    let kept = tape.tracks(&[x, scale]).then(|| codes.clone());
     let codes = tape.push(codes, &[x, scale], move |grad, grads| {
-        let codes = kept.expect("kept when tracked");
-        let (dx, ds) = cpu::backward(grad, x2.value(), &codes, s);
+        let (dx, ds) = cpu::backward(grad, x2.value(), s);
         grads.add(&x2, dx);
         grads.add(&s2, Tensor::scalar(ds));
     });
@@ -47,7 +45,7 @@ pub fn fake_quantize(tape: &Tape, x: &Var, scale: &Var) -> Var {
     let value = dequantised(x.value(), s);
     let (x2, s2) = (x.clone(), scale.clone());
     tape.push(value, &[x, scale], move |grad, grads| {
-        let (dx, ds) = cpu::backward(grad, x2.value(), &cpu::codes(x2.value(), s), s);
+        let (dx, ds) = cpu::backward(grad, x2.value(), s);
         grads.add(&x2, dx);
         grads.add(&s2, Tensor::scalar(ds));
     })
@@ -68,10 +66,8 @@ pub fn quantize_weight(tape: &Tape, weight: &Var, mask: &Tensor, scale: &Var) ->
         Device::Cpu => cpu::weight_codes(weight.value(), mask, scale.value()),
     };
     let (w2, s2, mask) = (weight.clone(), scale.clone(), mask.clone());
-    let kept = tape.tracks(&[weight, scale]).then(|| codes.clone());
     let codes = tape.push(codes, &[weight, scale], move |grad, grads| {
-        let codes = kept.expect("kept when tracked");
-        let (dw, ds) = cpu::weight_backward(grad, w2.value(), &mask, &codes, s2.value());
+        let (dw, ds) = cpu::weight_backward(grad, w2.value(), &mask, s2.value());
         grads.add(&w2, dw);
         grads.add(&s2, ds);
     });
