@@ -167,6 +167,8 @@ fn spoilt_configurations_and_vocabularies_are_refused() {
     let i = new();
     fs::write(i.path("model/tokenizer.json"), "{}").unwrap();
     i.fails(1, &[i.path("model/tokenizer.json").to_str().unwrap()]);
+    fs::write(i.path("model/tokenizer.json"), r#"{"version": "1.0", "decoder": {"type": }}"#).unwrap();
+    i.fails(1, &[i.path("model/tokenizer.json").to_str().unwrap(), "copy it again"]);
 }
 
 #[test]

@@ -75,12 +75,18 @@ impl Tokenizer {
             ["tokenizer.json", "vocab.txt", "vocab.json", "merges.txt"].map(|f| dir.join(f));
         if whole.is_file() {
             let bytes = std::fs::read(&whole).map_err(Error::io(&whole))?;
-            let inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| {
-                Error::file(
-                    &whole,
-                    format!("not a tokenizer that can be read ({e}); copy it again from its source"),
-                )
-            })?;
+            let cannot = |e: String| {
+                let message =
+                    format!("not a tokenizer that can be read ({e}); copy it again from its source");
+                Error::file(&whole, message)
+            };
+            // The tokenizers library panics where a decoder is not JSON, and text is never decoded here.
+            let mut json: Value = serde_json::from_slice(&bytes).map_err(|e| cannot(e.to_string()))?;
+            if let Some(object) = json.as_object_mut() {
+                object.remove("decoder");
+            }
+            let inner: tokenizers::Tokenizer =
+                json.to_string().parse().map_err(|e: tokenizers::Error| cannot(e.to_string()))?;
             Self::new(inner, pad.as_deref()).map_err(|m| Error::file(&whole, m))
         } else if words.is_file() {
             let bytes = std::fs::read(&words).map_err(Error::io(&words))?;
