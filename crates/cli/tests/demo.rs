@@ -43,5 +43,5 @@ fn demo_keeps_the_score_and_packed_equals_fake_quantised() {
         assert!(out.join(file).is_file(), "{file} is missing");
     }
     let page = std::fs::read_to_string(out.join("report.html")).unwrap();
-    assert!(page.contains("0.3125") && page.contains("without distillation"));
+    assert!(page.contains("31.25 %") && page.contains("without distillation"));
 }
