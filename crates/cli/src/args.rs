@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
+use gpusq::arch::labels;
 use gpusq::config::{self, Config};
 use gpusq::hub;
 use gpusq::model::Model;
@@ -215,12 +216,31 @@ pub(crate) fn need_trained_head(model: &Model, dir: &Path, task: &Task) -> Resul
         _ => false,
     };
     if fits && model.fresh.is_empty() {
-        return Ok(());
+        return check_labels(model, dir, task);
     }
     Err(Error::Mismatch(format!(
         "{} has no trained head for {}; run `gpusq finetune` on it first and use its output",
         dir.display(),
         task.name
+    )))
+}
+
+/// Refuses a classifier that has the task's labels in another order than the task's data.
+fn check_labels(model: &Model, dir: &Path, task: &Task) -> Result<()> {
+    let plain = |s: &str| s.to_lowercase().replace([' ', '-'], "_");
+    let theirs: Vec<String> = labels(&model.config).iter().map(|l| plain(l)).collect();
+    let ours: Vec<String> = task.labels.iter().map(|l| plain(l)).collect();
+    let same_names = theirs.len() == ours.len() && ours.iter().all(|l| theirs.contains(l));
+    if !same_names || theirs == ours {
+        return Ok(());
+    }
+    Err(Error::Mismatch(format!(
+        "{} has its outputs in the order {}, and {} needs {}; reorder the classifier's rows and id2label, or run \
+         `gpusq finetune` on it",
+        dir.join("config.json").display(),
+        theirs.join(", "),
+        task.name,
+        ours.join(", ")
     )))
 }
 
@@ -242,10 +262,17 @@ pub(crate) fn load_data(
     task.load(dir, split, tokenizer, max_length.unwrap_or(task.max_len).min(limit))
 }
 
-/// The command line as it was typed.
+/// The command line as it was typed, quoted for a shell.
 pub(crate) fn typed() -> String {
-    let quote = |a: String| if a.contains([' ', '"', '\'']) { format!("'{a}'") } else { a };
-    let mut words: Vec<String> = std::env::args().map(quote).collect();
-    words[0] = "gpusq".into();
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,+@%".contains(c);
+    let quote = |a: String| match !a.is_empty() && a.chars().all(plain) {
+        true => a,
+        false => format!("'{}'", a.replace('\'', "'\\''")),
+    };
+    let mut words: Vec<String> =
+        std::env::args_os().map(|a| quote(a.to_string_lossy().into_owned())).collect();
+    if let Some(program) = words.first_mut() {
+        *program = "gpusq".into();
+    }
     words.join(" ")
 }

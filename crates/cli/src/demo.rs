@@ -66,6 +66,8 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
     write_file(&settings, |w| w.write_all(SETTINGS.as_bytes()))?;
     let mut config = Config::load(Some(&settings), None, &[])?;
     config.seed = seed;
+    let resolved = config.to_toml();
+    write_file(&settings, |w| w.write_all(resolved.as_bytes()))?;
     let task = task("sst2")?;
     let mut model = Model::load(&start)?;
     let tokenizer = Tokenizer::load(&start)?;
@@ -81,7 +83,7 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
             synthetic::LABELS[text.train[1].1 as usize],
             text.train[1].0
         ),
-        json!({ "event": "data", "path": data }),
+        json!({ "event": "data", "path": data.display().to_string() }),
     );
     let plain = {
         let mut c = config.clone();
@@ -145,7 +147,7 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
         with_dir.join("packed").display(),
         data.display()
     );
-    let object = json!({ "event": "done", "report": out.join("report.html"), "model": with_dir.join("packed"), "verdict": verdict,
+    let object = json!({ "event": "done", "report": out.join("report.html").display().to_string(), "model": with_dir.join("packed").display().to_string(), "verdict": verdict,
         "seconds": record.wall_seconds, "stages": record.stages, "without_distillation": other.stages });
     progress.say(&table, object);
     Ok(())

@@ -34,7 +34,7 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
     let seconds = start.elapsed().as_secs_f64();
     let scores = dataset.score(&outputs);
     if m.get_flag("json") {
-        let object = json!({ "event": "scored", "model": dir, "stage": model.stage, "task": task.name, "split": split.to_string(),
+        let object = json!({ "event": "scored", "model": dir.display().to_string(), "stage": model.stage, "task": task.name, "split": split.to_string(),
             "examples": dataset.examples.len(), "seconds": seconds, "scores": scores });
         out(object);
     } else {

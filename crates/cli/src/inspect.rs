@@ -37,7 +37,7 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
         let sizes = packed.map(|p| {
             json!({ "packed_bits": p.packed_bits, "dense_fp16_bits": p.dense_fp16_bits, "scale_bits": p.scale_bits, "rest_bits": p.rest_bits })
         });
-        let object = json!({ "event": "inspect", "model": dir, "family": family, "stage": model.stage, "task": model.task,
+        let object = json!({ "event": "inspect", "model": dir.display().to_string(), "family": family, "stage": model.stage, "task": model.task,
             "attention": model.attention.map(|p| p.to_string()), "head": head, "layers": s.layers, "hidden": s.hidden, "heads": s.heads,
             "vocabulary": spec.vocab, "max_length": spec.max_length(), "parameters": parameters, "compressible_linears": linears.len() - dense.len(),
             "compressible_parameters": elements, "left_dense": dense, "untrained": model.fresh, "unused": model.unused,
@@ -105,7 +105,8 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
         Err(e) => out(format_args!("  no usable tokenizer: {e}")),
     }
     out(format_args!(
-        "  every tensor present, of the right shape, finite{}",
+        "  {}of the right shape and finite{}",
+        if model.fresh.is_empty() { "every tensor present, " } else { "every tensor that is there " },
         if model.stage == Stage::Dense { "" } else { ", 2:4" }
     ));
     Ok(())

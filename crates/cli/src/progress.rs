@@ -46,7 +46,7 @@ impl Progress {
             "{} parameters, {} linear maps to compress ({:.1} % of the parameters); {} examples to train on, {} to score; \
              longest {} tokens\nneeds about {} of memory and {} of disk",
             grouped(p.parameters),
-            p.compressed,
+            p.compressed.iter().map(|(_, n)| n).sum::<usize>(),
             100.0 * p.compressed_parameters as f64 / p.parameters as f64,
             grouped(p.examples.0),
             grouped(p.examples.1),
@@ -54,6 +54,8 @@ impl Progress {
             bytes(p.memory),
             bytes(p.disk)
         );
+        let names: Vec<String> = p.compressed.iter().map(|(name, n)| format!("{name} ({n})")).collect();
+        text += &format!("\ncompresses: {}", names.join(", "));
         for (name, reason) in &p.left_dense {
             text += &format!("\nstays dense: {name} ({reason})");
         }
@@ -77,7 +79,7 @@ impl Progress {
                 );
                 if self.terminal && !self.json {
                     let bar = ProgressBar::new(steps as u64).with_position(done as u64);
-                    let style = "{prefix} {bar:24} {pos}/{len} {elapsed} eta {eta} {msg}";
+                    let style = "{prefix} {bar:24} {pos}/{len} {elapsed} eta {eta} {per_sec} {msg}";
                     bar.set_style(ProgressStyle::with_template(style).expect("the template is a constant"));
                     bar.set_prefix(self.stage.clone());
                     bar.reset_eta();

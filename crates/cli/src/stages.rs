@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::ArgMatches;
 use gpusq::compress::{self, Run, Trained};
 use gpusq::config::Config;
+use gpusq::format::packed::PACKED_FILE;
 use gpusq::model::{Model, Stage};
 use gpusq::outdir::{self, Held};
 use gpusq::preflight::preflight;
@@ -59,6 +60,9 @@ impl Start {
             args::need_trained_head(&model, &model_dir, task)?;
         } else {
             model.set_head(task.head, config.seed)?;
+            if !task.labels.is_empty() {
+                model.set_labels(task.labels);
+            }
         }
         let load = |split| args::load_data(task, data, split, &tokenizer, config.data.max_length, &model);
         let (train, dev) = (load(Split::Train)?, load(Split::Dev)?);
@@ -110,9 +114,10 @@ impl Start {
     }
 
     /// The report of a command that ran one stage.
-    fn report(&mut self, trained: &Trained, stage: &str) -> Result<()> {
+    fn report(&mut self, trained: &Trained, stage: &str, sizes: Option<report::Sizes>) -> Result<()> {
         let run = self.run();
         let mut record = run.record(&trained.model);
+        record.main_metric = trained.scores.0[0].0.clone();
         record.stages.push(report::Stage {
             name: stage.into(),
             scores: trained.scores.0.clone(),
@@ -121,6 +126,7 @@ impl Start {
         });
         record.curves.push(compress::curve(stage, &trained.curve));
         record.layers = compress::layers(&trained.model);
+        record.sizes = sizes;
         record.wall_seconds = trained.seconds;
         report::write(&record, &self.out)?;
         self.wrote(&self.out.clone())
@@ -129,7 +135,7 @@ impl Start {
     fn wrote(&mut self, path: &Path) -> Result<()> {
         let line = format!("wrote {} and {}", path.display(), self.out.join("report.html").display());
         self.progress
-            .say(&line, json!({ "event": "done", "model": path, "report": self.out.join("report.html") }));
+            .say(&line, json!({ "event": "done", "model": path.display().to_string(), "report": self.out.join("report.html").display().to_string() }));
         Ok(())
     }
 }
@@ -139,7 +145,7 @@ pub(crate) fn finetune(m: &ArgMatches) -> Result<()> {
     let Some(_held) = s.open(s.config.train.fit.batch_size, false, 1)? else { return Ok(()) };
     let mut progress = std::mem::replace(&mut s.progress, Progress::new(m.get_flag("json")));
     let trained = s.run().finetune(&s.model, &s.out, &mut |e| progress.show(e))?;
-    s.report(&trained, "dense")
+    s.report(&trained, "dense", None)
 }
 
 pub(crate) fn prune(m: &ArgMatches) -> Result<()> {
@@ -148,7 +154,7 @@ pub(crate) fn prune(m: &ArgMatches) -> Result<()> {
     let Some(_held) = opened else { return Ok(()) };
     let mut progress = std::mem::replace(&mut s.progress, Progress::new(m.get_flag("json")));
     let trained = s.run().prune(&s.model, &s.out, &mut |e| progress.show(e))?;
-    s.report(&trained, "2:4")
+    s.report(&trained, "2:4", None)
 }
 
 pub(crate) fn quantize(m: &ArgMatches) -> Result<()> {
@@ -158,8 +164,14 @@ pub(crate) fn quantize(m: &ArgMatches) -> Result<()> {
     let mut progress = std::mem::replace(&mut s.progress, Progress::new(m.get_flag("json")));
     let run = s.run();
     let trained = run.quantize(&s.model, &s.out, &mut |e| progress.show(e))?;
-    run.pack(&trained.model, &s.out.join("packed"), &mut |e| progress.show(e))?;
-    s.report(&trained, "2:4 INT8")
+    let dir = s.out.join("packed");
+    let (packed, scores, _) = run.pack(&trained.model, &dir, &mut |e| progress.show(e))?;
+    if scores != trained.scores {
+        let message = format!("the packed model scores {scores}, the fake-quantised one {}", trained.scores);
+        progress.show(compress::Event::Note(&message));
+    }
+    let sizes = compress::sizes(&packed, &dir.join(PACKED_FILE))?;
+    s.report(&trained, "2:4 INT8", Some(sizes))
 }
 
 pub(crate) fn compress(m: &ArgMatches) -> Result<()> {

@@ -1,12 +1,12 @@
 //! The pipeline: dense -> prune + fit -> quantise + fit -> pack, each stage a folder that can be resumed,
 //! repeated and inspected alone (paper, figure 3 and algorithm 1).
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::time::Instant;
 
-use gpusq_tensor::Tape;
 use gpusq_tensor::ops::masked::MaskGradient;
+use gpusq_tensor::{Tape, Tensor};
 
 use crate::config::{self, Config, Site};
 use crate::distill::Mix;
@@ -18,7 +18,7 @@ use crate::outdir::{self, Held};
 use crate::params::Weight;
 use crate::quant::{self, Calibration, Method};
 use crate::report::{self, RunRecord};
-use crate::sparsity::{self, InputStats, weight_mask};
+use crate::sparsity::{self, InputStats, Pattern, weight_mask};
 use crate::spec::{Head, Role};
 use crate::task::{Dataset, Scores, Task, Tokenizer};
 use crate::train::batch::{collate, shuffled};
@@ -78,11 +78,6 @@ const STATE_FILE: &str = "train.safetensors";
 /// Batch size of evaluation: large enough to fill the machine, small enough for its memory.
 const EVAL_BATCH: usize = 32;
 
-/// Why and which linear maps stay dense.
-pub fn left_dense(model: &Model) -> Vec<(String, String)> {
-    model.spec.linears().iter().filter_map(|l| Some((l.name.clone(), compressible(l)?))).collect()
-}
-
 /// Gives every compressible weight of a dense model its mask: pruning without training. `samples` are
 /// needed by criteria that look at inputs.
 ///
@@ -96,6 +91,12 @@ pub fn prune_weights(model: &mut Model, settings: &config::Prune, samples: &[Inp
         )));
     }
     let entry = sparsity::criterion(settings.criterion)?;
+    if settings.mask_update_every > 0 && entry.name != "magnitude" {
+        return Err(Error::Config(format!(
+            "prune.mask_update_every chooses masks by magnitude and prune.criterion is `{}`; set one of them to its default",
+            entry.name
+        )));
+    }
     let criterion = (entry.build)();
     untie(model);
     let mut stats: BTreeMap<String, InputStats> = BTreeMap::new();
@@ -103,16 +104,19 @@ pub fn prune_weights(model: &mut Model, settings: &config::Prune, samples: &[Inp
         let tape = Tape::inference();
         let bound = Bound::new(&tape, &model.params, MaskGradient::Kept);
         let want = TapSet { linears: true, ..TapSet::default() };
+        let read: BTreeSet<String> = model.spec.linears().into_iter().map(|l| l.input).collect();
         for inputs in samples {
-            for (name, v) in forward(&tape, &model.spec, &bound, None, inputs, want).taps {
-                stats.entry(name).or_insert_with(|| InputStats::new(v.value().width())).add(v.value());
+            let taps = forward(&tape, &model.spec, &bound, None, inputs, want).taps;
+            for (name, v) in taps.iter().filter(|(name, _)| read.contains(*name)) {
+                let t = unpadded(v.value(), inputs.tokens.mask.as_deref());
+                stats.entry(name.clone()).or_insert_with(|| InputStats::new(t.width())).add(&t);
             }
         }
     }
     for l in model.spec.linears().iter().filter(|l| compressible(l).is_none()) {
         let name = format!("{}.weight", l.name);
         let value = model.params.dense(&name).clone();
-        let mask = weight_mask(criterion.as_ref(), &value, stats.get(&l.input), settings.pattern);
+        let mask = weight_mask(criterion.as_ref(), &value, stats.get(&l.input), Pattern::TWO_FOUR);
         // Where masks may change, dropped values must be there to come back.
         let value = if settings.mask_update_every > 0 { value } else { apply(&value, &mask) };
         model.params.insert(name, Weight::Masked { value, mask });
@@ -120,6 +124,15 @@ pub fn prune_weights(model: &mut Model, settings: &config::Prune, samples: &[Inp
     model.stage = Stage::Pruned;
     model.attention = settings.attention;
     Ok(())
+}
+
+/// The rows of `t` that are no padding, where its rows are those of `mask`.
+fn unpadded(t: &Tensor, mask: Option<&[bool]>) -> Tensor {
+    let Some(mask) = mask.filter(|m| m.len() == t.rows()) else { return t.clone() };
+    let rows = t.f32().chunks_exact(t.width()).zip(mask).filter(|(_, m)| **m);
+    let kept: Vec<f32> = rows.flat_map(|(row, _)| row.iter().copied()).collect();
+    let shape = [kept.len() / t.width(), t.width()];
+    Tensor::from_f32(kept, &shape)
 }
 
 /// Gives a tied language-model head a weight of its own; the embedding stays as it is.
@@ -155,17 +168,21 @@ pub fn calibration(settings: &config::Quantize) -> Calibration {
 }
 
 /// The loss mix of `d`; labels only where distillation is off.
-fn mix(d: &config::Distill) -> Mix {
+fn mix(d: &config::Distill) -> Result<Mix> {
     if !d.enabled {
-        return Mix::HARD;
+        return Ok(Mix::HARD);
     }
-    Mix {
+    if d.alpha == 0.0 && d.beta == 0.0 && d.gamma == 0.0 {
+        let message = "distill.alpha, beta and gamma are all 0, which trains nothing; raise one of them";
+        return Err(Error::Config(message.into()));
+    }
+    Ok(Mix {
         alpha: d.alpha as f32,
         beta: d.beta as f32,
         gamma: d.gamma as f32,
         temperature: d.temperature as f32,
         attention_features: d.attention_features,
-    }
+    })
 }
 
 /// A finished training stage.
@@ -178,8 +195,6 @@ pub struct Trained {
     pub seconds: f64,
     /// Its loss curve; empty if it was finished before this run.
     pub curve: Vec<train::Point>,
-    /// Relative quantisation error of each weight as calibrated.
-    pub errors: Vec<quant::LayerError>,
 }
 
 impl Run<'_> {
@@ -242,7 +257,7 @@ impl Run<'_> {
         &self,
         name: &str,
         dir: &Path,
-        start: &mut dyn FnMut() -> Result<(Model, Vec<quant::LayerError>)>,
+        start: &mut dyn FnMut() -> Result<Model>,
         recipe: Recipe,
         watch: &mut Watch,
     ) -> Result<Trained> {
@@ -254,10 +269,10 @@ impl Run<'_> {
             clear_state(&state_dir)?;
             let (scores, seconds) = self.score(&model, name, watch)?;
             let curve = read_curve(&dir.join("curve.json"))?;
-            return Ok(Trained { model, scores, seconds, curve, errors: Vec::new() });
+            return Ok(Trained { model, scores, seconds, curve });
         }
         std::fs::create_dir_all(&state_dir).map_err(Error::io(&state_dir))?;
-        let (mut model, errors) = start()?;
+        let mut model = start()?;
         let file = state_dir.join(STATE_FILE);
         let state = if file.exists() { State::load(&file, &mut model.params)? } else { State::default() };
         let steps = total_steps(recipe.optimizer, self.train.examples.len());
@@ -278,7 +293,7 @@ impl Run<'_> {
         // What a later stage sees is what is on disk, so that a resumed run sees the same.
         let model = Model::load(dir)?;
         let seconds = report.seconds.max(clock.elapsed().as_secs_f64());
-        Ok(Trained { model, scores, seconds, curve: report.curve, errors })
+        Ok(Trained { model, scores, seconds, curve: report.curve })
     }
 
     /// Dense fine-tuning into `dir`: labels only.
@@ -287,7 +302,7 @@ impl Run<'_> {
     /// What training or saving meets; the stage can be resumed then.
     pub fn finetune(&self, model: &Model, dir: &Path, watch: &mut Watch) -> Result<Trained> {
         let recipe = self.recipe(&self.config.train.fit, Mix::HARD, None);
-        self.stage("dense", dir, &mut || Ok((model.clone(), Vec::new())), recipe, watch)
+        self.stage("dense", dir, &mut || Ok(model.clone()), recipe, watch)
     }
 
     /// The pruning stage into `dir`: masks, then training under the dense teacher (equation 6).
@@ -300,12 +315,12 @@ impl Run<'_> {
         let recipe = Recipe {
             mask_update_every: p.mask_update_every,
             stop_loss: p.stop_loss,
-            ..self.recipe(&p.fit, mix(d), d.enabled.then_some(dense))
+            ..self.recipe(&p.fit, mix(d)?, d.enabled.then_some(dense))
         };
         let start = &mut || {
             let mut model = dense.clone();
             prune_weights(&mut model, p, &self.samples())?;
-            Ok((model, Vec::new()))
+            Ok(model)
         };
         self.stage("2:4", dir, start, recipe, watch)
     }
@@ -325,12 +340,12 @@ impl Run<'_> {
         let recipe = Recipe {
             scale_learning_rate: q.scale_learning_rate,
             stop_loss: q.stop_loss,
-            ..self.recipe(&q.fit, mix(d), d.enabled.then_some(pruned))
+            ..self.recipe(&q.fit, mix(d)?, d.enabled.then_some(pruned))
         };
         let start = &mut || {
             let mut model = pruned.clone();
-            let errors = quant::calibrate(&mut model, &self.samples(), &calibration(q));
-            Ok((model, errors))
+            quant::calibrate(&mut model, &self.samples(), &calibration(q));
+            Ok(model)
         };
         self.stage("2:4 INT8", dir, start, recipe, watch)
     }
@@ -370,8 +385,10 @@ impl Run<'_> {
     /// What any stage meets; the run can be resumed then.
     pub fn compress(&self, dense: &Model, watch: &mut Watch) -> Result<RunRecord> {
         let mut record = self.record(dense);
+        record.variant = variant(self.config.prune.attention);
         let clock = Instant::now();
         let (scores, seconds) = self.score(dense, "dense", watch)?;
+        record.main_metric = scores.0[0].0.clone();
         record.stages.push(self.scored("dense", &scores, seconds));
 
         let pruned = self.prune(dense, &self.out.join("pruned"), watch)?;
@@ -401,7 +418,6 @@ impl Run<'_> {
     /// A record with what is known before the first stage.
     pub fn record(&self, model: &Model) -> RunRecord {
         let stack = model.spec.last_stack();
-        let attention = self.config.prune.attention;
         RunRecord {
             title: format!(
                 "{} {} x {}",
@@ -410,11 +426,7 @@ impl Run<'_> {
                 stack.hidden
             ),
             task: self.task.name.into(),
-            main_metric: self.task.metrics[0].into(),
-            variant: match attention {
-                Some(p) => format!("GEMM-MHA, attention {p}"),
-                None => "GEMM".into(),
-            },
+            variant: variant(model.attention),
             started: humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string(),
             machine: report::Machine::current(rayon::current_num_threads()),
             version: env!("CARGO_PKG_VERSION").into(),
@@ -433,6 +445,11 @@ impl Run<'_> {
             examples: self.dev.examples.len(),
         }
     }
+}
+
+/// What the paper calls a model whose attention keeps `attention`.
+fn variant(attention: Option<Pattern>) -> String {
+    attention.map_or("GEMM".into(), |p| format!("GEMM-MHA, attention {p}"))
 }
 
 /// The report's form of a loss curve.
@@ -511,9 +528,4 @@ pub fn sizes(packed: &Model, file: &Path) -> Result<report::Sizes> {
         rest_bits: s.rest_bits,
         file_bytes: bytes,
     })
-}
-
-/// Where a run keeps the folders of its stages.
-pub fn stage_dirs(out: &Path) -> [PathBuf; 4] {
-    ["pruned", "packed-fp16", "quantized", "packed"].map(|n| out.join(n))
 }

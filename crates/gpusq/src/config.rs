@@ -154,8 +154,6 @@ table! {
         /// Longest input in tokens; longer ones are cut, or split into windows where the task does that
         /// ("none": the task's own, 128 for GLUE and 384 for SQuAD).
         max_length: Option<usize> = None, 8.0..=65536.0;
-        /// Tokens that neighbouring windows over a long text share (SQuAD); must be well below max_length.
-        doc_stride: usize = 128, 0.0..=65536.0;
     }
 }
 
@@ -177,15 +175,15 @@ table! {
         /// Decoupled weight decay of matrices; biases and norms are not decayed.
         weight_decay: f64 = 0.01, 0.0..=1.0;
         /// Decay of AdamW's running mean of the gradient.
-        beta1: f64 = 0.9, 0.0..1.0;
+        beta1: f64 = 0.9, 0.0..=0.99999;
         /// Decay of AdamW's running mean of the squared gradient.
-        beta2: f64 = 0.999, 0.0..1.0;
+        beta2: f64 = 0.999, 0.0..=0.99999;
         /// Added to the root of the second moment in AdamW's denominator.
-        eps: f64 = 1e-8, (Bound::Excluded(0.0), Bound::Included(1.0));
+        eps: f64 = 1e-8, 1e-20..=1.0;
         /// Gradients with a larger global l2 norm are scaled down to it ("none": never).
         max_grad_norm: Option<f64> = Some(1.0), above(0.0);
         /// Probability that dropout zeroes an element ("none": as the model's config.json says).
-        dropout: Option<f64> = None, 0.0..1.0;
+        dropout: Option<f64> = None, 0.0..=0.95;
         /// Steps between checkpoints that --resume continues from (0: none before the stage ends).
         checkpoint_every: usize = 500, 0.0..=1e9;
         /// Steps between two points of the recorded loss curve.
@@ -203,15 +201,13 @@ table! {
 table! {
     /// The pruning stage: masks, then training what is left.
     pub struct Prune {
-        /// What survives in the weights, kept:of neighbours along the input dimension.
-        pattern: Pattern = Pattern::TWO_FOUR;
         /// By what the surviving weights are chosen: magnitude, or wanda, which also weighs the size of
         /// their inputs.
         criterion: &'static str = "magnitude";
         /// What survives of the attention probabilities, kept:of neighbouring keys ("none": everything, the
         /// paper's GEMM variant; a pattern gives its GEMM-MHA variant).
         attention: Option<Pattern> = None;
-        /// Steps after which the masks are chosen anew (0: never, the masks of the start stay).
+        /// Steps after which the masks are chosen anew by magnitude (0: never, the masks of the start stay).
         mask_update_every: usize = 0, 0.0..=1e9;
         /// Running loss at which the stage ends early, the paper's delta_prune ("none": runs all epochs).
         stop_loss: Option<f64> = None, above(0.0);
@@ -254,7 +250,7 @@ table! {
         /// Weight of the feature loss: mean squared error of block outputs and of the final projection.
         gamma: f64 = 1.0, 0.0..;
         /// Temperature that both models' logits are divided by in the soft loss.
-        temperature: f64 = 2.0, above(0.0);
+        temperature: f64 = 2.0, 0.01..=1000.0;
         /// Whether the feature loss compares attention outputs too.
         attention_features: bool = false;
     }

@@ -1,6 +1,7 @@
 //! The mixed loss (paper, equations 6 and 7, algorithm 1):
 //! `L = alpha * hard + beta * soft + gamma * feature`.
 
+use gpusq_tensor::ops::add::add;
 use gpusq_tensor::ops::cross_entropy::cross_entropy;
 use gpusq_tensor::ops::kl_divergence::kl_divergence;
 use gpusq_tensor::ops::mse::mse;
@@ -82,7 +83,13 @@ fn predictions(tape: &Tape, logits: &Var, targets: &Targets, tokens: &Tokens) ->
     match targets {
         Targets::Spans { .. } => {
             let shaped = tape.reshape(logits, &[tokens.batch, tokens.length, 2]);
-            vec![select_column(tape, &shaped, 0), select_column(tape, &shaped, 1)]
+            let columns = [select_column(tape, &shaped, 0), select_column(tape, &shaped, 1)];
+            let Some(mask) = &tokens.mask else { return columns.to_vec() };
+            // Padding is no answer: far below every logit it has no share in a softmax, whatever a
+            // sequence's neighbours in the batch are.
+            let far = mask.iter().map(|&m| if m { 0.0 } else { -1e9 }).collect();
+            let far = tape.constant(Tensor::from_f32(far, &[tokens.batch, tokens.length]));
+            columns.iter().map(|c| add(tape, c, &far)).collect()
         }
         _ => vec![logits.clone()],
     }
@@ -267,12 +274,39 @@ mod tests {
     }
 
     #[test]
+    fn padding_of_a_batch_changes_no_span_loss() {
+        let of = |length: usize, mask: Option<Vec<bool>>, junk: f32| {
+            let tape = Tape::recording();
+            let mut logits = vec![1.0, 0.5, -0.5, 2.0];
+            logits.resize(2 * length, junk);
+            let taps = Default::default();
+            let student = Output { logits: tape.leaf(Tensor::from_f32(logits.clone(), &[length, 2])), taps };
+            logits[0] = 3.0;
+            let teacher = Output {
+                logits: tape.constant(Tensor::from_f32(logits, &[length, 2])),
+                taps: Default::default(),
+            };
+            let tokens = Tokens { batch: 1, length, ids: vec![0; length], types: vec![], mask };
+            let targets = Targets::Spans { start: vec![0], end: vec![1] };
+            let mix = Mix { alpha: 1.0, beta: 1.0, gamma: 0.0, temperature: 2.0, attention_features: false };
+            loss(&tape, &mix, &student, Some(&teacher), &targets, &tokens).terms
+        };
+        let (alone, padded) = (of(2, None, 0.0), of(3, Some(vec![true, true, false]), 7.0));
+        assert!(
+            (alone.hard - padded.hard).abs() < 1e-6 && (alone.soft - padded.soft).abs() < 1e-6,
+            "{alone:?} {padded:?}"
+        );
+        assert!(alone.soft > 0.0);
+    }
+
+    #[test]
     fn spans_average_start_and_end() {
         let tape = Tape::recording();
         // Token rows of (start, end): sequence 0 prefers start 0, end 1.
         let student = output(&tape, vec![5.0, 0.0, 0.0, 5.0, 0.0, 0.0, 0.0, 0.0], &[4, 2], 0.0);
         let targets = Targets::Spans { start: vec![0, 1], end: vec![1, 0] };
-        let got = hard_loss(&tape, &student.logits, &targets, &tokens()).value().item() as f64;
+        let tokens = Tokens { mask: None, ..tokens() };
+        let got = hard_loss(&tape, &student.logits, &targets, &tokens).value().item() as f64;
         let sure = (1.0 + (-5f64).exp()).ln();
         assert!((got - (sure + 2f64.ln()) / 2.0).abs() < 1e-6, "{got}");
     }

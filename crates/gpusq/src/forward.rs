@@ -32,7 +32,7 @@ pub use crate::inputs::{Inputs, Tokens};
 pub struct TapSet {
     /// Embedding output (`encoder.embed`), block outputs (`encoder.0`) and the last hidden states (`encoder.last`).
     pub blocks: bool,
-    /// Attention outputs before the output projection (`encoder.0.attn`).
+    /// Attention outputs before the output projection (`encoder.0.attn.context`).
     pub attention: bool,
     /// Inputs of linear maps, by [`Linear::input`], and their outputs, by [`Linear::name`] + `.y`.
     pub linears: bool,
@@ -252,7 +252,6 @@ impl Forward<'_> {
             }
             Positions::Learned { .. } => None,
         };
-        // The encoder's output is quantised once for the keys and values of all blocks' own scales.
         for i in 0..s.layers {
             let at = format!("{name}.{i}");
             x = self.sublayer(&format!("{at}.attn.norm"), s, &x, |x| {
@@ -331,7 +330,7 @@ impl Forward<'_> {
         }
         let how = attention_of(s, queries, keys, causal, self.pattern);
         let y = attention(self.tape, &q, &k, &v, &how);
-        self.tap(self.want.attention, || at.to_string(), &y);
+        self.tap(self.want.attention, || format!("{at}.context"), &y);
         self.linear(&format!("{at}.o"), &self.input(&format!("{at}.o"), &y), s.bias)
     }
 

@@ -18,7 +18,7 @@ use crate::format::packed::{pack_f16, pack_int8, read_packed, round_dense, write
 use crate::format::safetensors::{Checkpoint, check_finite, write_safetensors};
 use crate::params::{Params, Weight};
 use crate::sparsity::Pattern;
-use crate::spec::{Head, Linear, TransformerSpec};
+use crate::spec::{Head, Linear, TransformerSpec, is_step_size};
 use crate::task::HeadKind;
 use crate::{Error, Result};
 
@@ -195,6 +195,13 @@ impl Model {
         })
     }
 
+    /// Names the classifier's outputs, in their order.
+    pub fn set_labels(&mut self, names: &[&str]) {
+        if let Some(json) = self.config.json.as_object_mut() {
+            arch::set_labels(json, &names.iter().map(|n| n.to_string()).collect::<Vec<_>>());
+        }
+    }
+
     fn read_checkpoint(&mut self, dir: &Path) -> Result<()> {
         let checkpoint = Checkpoint::open(dir)?;
         let arch = arch::find(&self.config)?;
@@ -258,7 +265,7 @@ impl Model {
         }
         if quantized {
             for name in checkpoint.names() {
-                let Some(ours) = name.strip_prefix("gpusq.").filter(|n| n.ends_with("put_scale")) else {
+                let Some(ours) = name.strip_prefix("gpusq.").filter(|n| is_step_size(n)) else {
                     continue;
                 };
                 self.params.insert(ours, Weight::Dense(read_scale(&checkpoint, name, 1)?));
@@ -326,7 +333,7 @@ impl Model {
                     Weight::Fake { scale, .. } => {
                         tensors.push((format!("gpusq.{name}_scale"), scale.clone()))
                     }
-                    Weight::Dense(t) if name.ends_with("put_scale") => {
+                    Weight::Dense(t) if is_step_size(name) => {
                         tensors.push((format!("gpusq.{name}"), t.clone()))
                     }
                     _ => {}
@@ -503,9 +510,9 @@ pub fn compressible(linear: &Linear) -> Option<String> {
     (!linear.cols.is_multiple_of(4)).then(|| format!("input width {} is not a multiple of 4", linear.cols))
 }
 
-/// `value * mask` with +0 in every dropped place.
+/// `value * mask` with +0 in every dropped place, and for a kept -0 too.
 pub(crate) fn apply(value: &Tensor, mask: &Tensor) -> Tensor {
-    let kept = value.f32().iter().zip(mask.u8()).map(|(v, &m)| if m != 0 { *v } else { 0.0 }).collect();
+    let kept = value.f32().iter().zip(mask.u8()).map(|(v, &m)| if m != 0 { *v + 0.0 } else { 0.0 }).collect();
     Tensor::from_f32(kept, value.shape())
 }
 

@@ -16,8 +16,8 @@ use crate::{Error, Result};
 pub struct Preflight {
     /// Parameters of the model.
     pub parameters: usize,
-    /// Linear maps that will be compressed.
-    pub compressed: usize,
+    /// Linear maps that will be compressed, block numbers replaced by `*`, with how many each name stands for.
+    pub compressed: Vec<(String, usize)>,
     /// Their elements.
     pub compressed_parameters: usize,
     /// Linear maps that stay dense, with the reason.
@@ -53,11 +53,17 @@ pub fn preflight(
     check_fit(model, tokenizer, &[train, dev])?;
     let spec = &model.spec;
     let parameters = spec.weights().iter().map(|(_, s)| s.iter().product::<usize>()).sum::<usize>();
-    let (mut compressed, mut compressed_parameters, mut left_dense) = (0, 0, Vec::new());
+    let (mut compressed, mut compressed_parameters, mut left_dense) =
+        (Vec::<(String, usize)>::new(), 0, Vec::new());
     for l in spec.linears() {
         match compressible(&l) {
             None => {
-                compressed += 1;
+                let parts = l.name.split('.').map(|p| if p.parse::<usize>().is_ok() { "*" } else { p });
+                let name = parts.collect::<Vec<_>>().join(".");
+                match compressed.iter_mut().find(|(n, _)| *n == name) {
+                    Some((_, count)) => *count += 1,
+                    None => compressed.push((name, 1)),
+                }
                 compressed_parameters += l.rows * l.cols;
             }
             Some(reason) => left_dense.push((l.name, reason)),

@@ -216,6 +216,11 @@ pub struct Linear {
     pub role: Role,
 }
 
+/// Whether the weight called `name` is an activation's step size.
+pub fn is_step_size(name: &str) -> bool {
+    name.ends_with(".input_scale") || name.ends_with(".output_scale")
+}
+
 impl Linear {
     /// Name of the step size of its input.
     pub fn input_scale(&self) -> String {

@@ -215,15 +215,6 @@ impl Tensor {
         }
         out
     }
-
-    /// Rows `from..to` of the first dimension, copied (f32).
-    pub fn narrow(&self, from: usize, to: usize) -> Self {
-        assert!(from <= to && to <= self.shape[0], "rows {from}..{to} of shape {:?}", self.shape);
-        let row: usize = self.shape[1..].iter().product();
-        let mut shape = self.shape.clone();
-        shape[0] = to - from;
-        Self::from_f32(self.f32()[from * row..to * row].to_vec(), &shape)
-    }
 }
 
 impl fmt::Debug for Tensor {

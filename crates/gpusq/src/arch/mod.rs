@@ -179,7 +179,11 @@ impl Config {
 
     fn probability_or(&self, key: &str, default: f64) -> Result<f32> {
         let p = self.float_or(key, default)?;
-        if (0.0..1.0).contains(&p) { Ok(p as f32) } else { Err(self.wrong(key, "a probability below 1")) }
+        if (0.0..1.0).contains(&(p as f32)) {
+            Ok(p as f32)
+        } else {
+            Err(self.wrong(key, "a probability below 1"))
+        }
     }
 
     fn flag_or(&self, key: &str, default: bool) -> Result<bool> {
@@ -268,16 +272,33 @@ pub fn with_head(config: &Config, spec: &TransformerSpec) -> Result<Value> {
         Head::LanguageModel { .. } => arch.classes.language_model,
     };
     json["architectures"] = serde_json::json!([class]);
+    let object = json.as_object_mut().expect("a configuration is an object");
+    object.remove("problem_type");
     if let Head::Classify { outputs, .. } = spec.head {
-        let labels: Vec<String> = (0..outputs).map(|i| format!("LABEL_{i}")).collect();
-        json["id2label"] =
-            labels.iter().enumerate().map(|(i, l)| (i.to_string(), Value::from(l.as_str()))).collect();
-        json["label2id"] = labels.iter().enumerate().map(|(i, l)| (l.clone(), Value::from(i))).collect();
+        // Labels that someone gave this head stay.
+        if labels(config).len() != outputs {
+            let names: Vec<String> = (0..outputs).map(|i| format!("LABEL_{i}")).collect();
+            set_labels(object, &names);
+        }
         if outputs == 1 {
-            json["problem_type"] = "regression".into();
+            object.insert("problem_type".into(), "regression".into());
         }
     }
     Ok(json)
+}
+
+/// The names of a classifier's outputs in their order; empty where the configuration has none.
+pub fn labels(config: &Config) -> Vec<String> {
+    let Some(map) = config.get("id2label").and_then(Value::as_object) else { return Vec::new() };
+    (0..map.len()).filter_map(|i| map.get(&i.to_string())?.as_str().map(str::to_string)).collect()
+}
+
+/// Writes the names of a classifier's outputs.
+pub(crate) fn set_labels(json: &mut serde_json::Map<String, Value>, names: &[String]) {
+    let by_id = names.iter().enumerate().map(|(i, l)| (i.to_string(), Value::from(l.as_str()))).collect();
+    let by_name = names.iter().enumerate().map(|(i, l)| (l.clone(), Value::from(i))).collect();
+    json.insert("id2label".into(), by_id);
+    json.insert("label2id".into(), by_name);
 }
 
 #[cfg(test)]

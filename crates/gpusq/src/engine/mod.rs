@@ -169,11 +169,6 @@ impl Engine {
         })
     }
 
-    /// What the model is.
-    pub fn spec(&self) -> &TransformerSpec {
-        &self.spec
-    }
-
     /// The head's output: f32 `[batch, outputs]` of a classifier, `[batch * length, 2]` (start and end) of a
     /// span head, and the last hidden states `[batch * length, hidden]` without a head.
     ///

@@ -90,18 +90,9 @@ pub struct Calibration {
     pub outputs: Vec<Role>,
 }
 
-/// Relative error of one quantised weight, for the report.
-#[derive(Clone, Debug, PartialEq)]
-pub struct LayerError {
-    /// Name of the linear map.
-    pub name: String,
-    /// Root mean square of (weight - quantised weight) over that of the weight.
-    pub relative_rms: f64,
-}
-
 /// Turns a pruned model into a fake-quantised one: step sizes of weights from their values, of activations
-/// from a forward over `samples`. Returns each weight's quantisation error.
-pub fn calibrate(model: &mut Model, samples: &[Inputs], how: &Calibration) -> Vec<LayerError> {
+/// from a forward over `samples`.
+pub fn calibrate(model: &mut Model, samples: &[Inputs], how: &Calibration) {
     let mut seen: BTreeMap<String, Histogram> = BTreeMap::new();
     let tape = Tape::inference();
     let bound = Bound::new(&tape, &model.params, MaskGradient::Kept);
@@ -121,14 +112,12 @@ pub fn calibrate(model: &mut Model, samples: &[Inputs], how: &Calibration) -> Ve
         }
     }
     drop(bound);
-    let mut errors = Vec::new();
     for l in model.spec.linears() {
         let name = format!("{}.weight", l.name);
         let Some(Weight::Masked { .. }) = model.params.get(&name) else { continue };
         let Some(Weight::Masked { value, mask }) = model.params.remove(&name) else { unreachable!() };
         let value = apply(&value, &mask);
         let scale = weight_scales(&value, how.weights);
-        errors.push(LayerError { name: l.name.clone(), relative_rms: relative_error(&value, &scale) });
         model.params.insert(name, Weight::Fake { value, mask, scale });
         let step = |tap: &str| {
             let s = seen.get(tap).map_or(SMALLEST, |h| h.scale(how.activations));
@@ -140,7 +129,6 @@ pub fn calibrate(model: &mut Model, samples: &[Inputs], how: &Calibration) -> Ve
         }
     }
     model.stage = Stage::Quantized;
-    errors
 }
 
 /// Root mean square of the quantisation error of `value` over its own root mean square.

@@ -17,7 +17,7 @@ use crate::forward::{Bound, forward};
 use crate::model::Model;
 use crate::params::Weight;
 use crate::sparsity::{Pattern, mask_rows};
-use crate::spec::TransformerSpec;
+use crate::spec::{TransformerSpec, is_step_size};
 use crate::task::Dataset;
 use crate::{Error, Result};
 
@@ -192,7 +192,7 @@ impl<'a> Stepper<'a> {
         // Weights are updated in place once nothing else holds them.
         drop((bound, out, l, grads));
 
-        let weights = gradients.iter().filter(|(n, _)| !is_scale(n));
+        let weights = gradients.iter().filter(|(n, _)| !is_step_size(n) && !self.frozen.contains(*n));
         let norm = weights.map(|(_, (g, _))| square_sum(g)).sum::<f64>().sqrt();
         let clip = o.max_grad_norm.filter(|max| norm > *max).map_or(1.0, |max| max / norm);
         let adam = AdamW {
@@ -216,7 +216,7 @@ impl<'a> Stepper<'a> {
                 let m = moments.entry(format!("{name}{SCALE}")).or_insert_with(|| Moments::new(g.shape()));
                 of_scales.update_positive(scale, &g, m);
             }
-            let is_step = is_scale(&name);
+            let is_step = is_step_size(&name);
             let m = moments.entry(name).or_insert_with(|| Moments::new(grad.shape()));
             match weight {
                 Weight::Dense(t) if is_step => of_scales.update_positive(t, &grad, m),
@@ -268,16 +268,16 @@ pub fn fit(
         p.running.0 = RUNNING * p.running.0 + (1.0 - RUNNING) * terms.total as f64;
         p.running.1 = RUNNING * p.running.1 + (1.0 - RUNNING);
         p.recent.push(terms);
-        if p.step.is_multiple_of(o.log_every) || p.step == steps {
+        let running = p.running.0 / p.running.1;
+        p.stopped = how.stop_loss.is_some_and(|limit| running < limit);
+        if p.step.is_multiple_of(o.log_every) || p.step == steps || p.stopped {
             p.curve.push(Point { step: p.step, terms: mean(&p.recent), learning_rate: lr });
             p.recent.clear();
         }
         let tokens = &batch.inputs.tokens;
         let real = tokens.mask.as_ref().map_or(tokens.ids.len(), |m| m.iter().filter(|&&m| m).count());
         watch(Event::Step { step: p.step, steps, terms, learning_rate: lr, tokens: real });
-        let running = p.running.0 / p.running.1;
-        if how.stop_loss.is_some_and(|limit| running < limit) {
-            p.stopped = true;
+        if p.stopped {
             watch(Event::Stopped { step: p.step, running });
         }
         if let Some((path, every)) = &how.checkpoint
@@ -292,11 +292,6 @@ pub fn fit(
     }
     let p = state.progress;
     Ok(Report { steps: p.step, curve: p.curve, seconds: p.seconds + started.elapsed().as_secs_f64() })
-}
-
-/// Whether a weight is an activation's step size.
-fn is_scale(name: &str) -> bool {
-    name.ends_with("put_scale")
 }
 
 fn mean(terms: &[Terms]) -> Terms {

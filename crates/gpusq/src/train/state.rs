@@ -87,6 +87,13 @@ impl State {
                 let message = format!("is {t:?} where the model has {like:?}; this state is of another run");
                 return Err(Error::tensor(path, full, message));
             }
+            if kind == "mask" && t.u8().iter().any(|&m| m > 1) {
+                return Err(Error::tensor(
+                    path,
+                    full,
+                    "holds other values than 0 and 1; start the run again",
+                ));
+            }
             Ok(t)
         };
         for (name, w) in params.iter_mut() {
@@ -104,8 +111,19 @@ impl State {
         }
         let mut moments = BTreeMap::new();
         for name in file.names().filter_map(|n| n.strip_prefix("first/")) {
-            let first = file.raw(&format!("first/{name}"))?;
-            let second = get("second", name, &first)?;
+            let weight = params.get(name.strip_suffix(SCALE).unwrap_or(name));
+            let like = match weight {
+                Some(Weight::Fake { scale, .. }) if name.ends_with(SCALE) => scale,
+                Some(Weight::Dense(t) | Weight::Masked { value: t, .. } | Weight::Fake { value: t, .. }) => t,
+                _ => {
+                    return Err(Error::tensor(
+                        path,
+                        name,
+                        "is of no weight of the model; this state is of another run",
+                    ));
+                }
+            };
+            let (first, second) = (get("first", name, like)?, get("second", name, like)?);
             moments.insert(name.to_string(), Moments { first, second });
         }
         Ok(State { progress, moments })
