@@ -9,15 +9,15 @@ use std::hint::black_box;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use gpusq::arch::{self, Config};
+use gpusq::arch::Config;
+use gpusq::compress::prune_weights;
+use gpusq::config;
 use gpusq::engine::Engine;
 use gpusq::forward::{Bound, Inputs, TapSet, Tokens, forward};
-use gpusq::model::{Model, Stage};
-use gpusq::params::{Params, Weight};
+use gpusq::model::Model;
 use gpusq::quant::{Calibration, Method, calibrate};
-use gpusq::sparsity::{Pattern, mask_rows};
+use gpusq::tensor::Tape;
 use gpusq::tensor::ops::masked::MaskGradient;
-use gpusq::tensor::{Tape, Tensor, normal};
 
 const CONFIG: &str = r#"{"model_type": "bert", "architectures": ["BertForSequenceClassification"],
     "vocab_size": 30522, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
@@ -28,25 +28,7 @@ const BUDGET: Duration = Duration::from_secs(8);
 
 fn model() -> Model {
     let config = Config::parse(Path::new("config.json"), CONFIG).expect("it is written above");
-    let spec = (arch::find(&config).expect("BERT is known").spec)(&config).expect("it is complete");
-    let mut params = Params::new();
-    for (i, (name, shape)) in spec.weights().into_iter().enumerate() {
-        let mut t = normal(&shape, 0.05, i as u64);
-        if name.contains("norm.weight") {
-            t.f32_mut().fill(1.0);
-        }
-        params.insert(name, Weight::Dense(t));
-    }
-    Model {
-        spec,
-        params,
-        config,
-        stage: Stage::Dense,
-        attention: None,
-        task: None,
-        fresh: Vec::new(),
-        unused: Vec::new(),
-    }
+    Model::random(config, 1).expect("BERT is known and complete")
 }
 
 fn inputs(batch: usize, length: usize) -> Inputs {
@@ -56,15 +38,7 @@ fn inputs(batch: usize, length: usize) -> Inputs {
 
 fn quantised(dense: &Model) -> Model {
     let mut model = dense.clone();
-    for linear in model.spec.linears() {
-        let name = format!("{}.weight", linear.name);
-        let value = model.params.dense(&name).clone();
-        let mut mask = vec![0; value.len()];
-        mask_rows(value.f32(), value.width(), Pattern::TWO_FOUR, &mut mask);
-        let mask = Tensor::from_u8(mask, value.shape());
-        model.params.insert(name, Weight::Masked { value, mask });
-    }
-    model.stage = Stage::Pruned;
+    prune_weights(&mut model, &config::Config::default().prune, &[]).expect("the model is dense");
     let how =
         Calibration { weights: Method::AbsMax, activations: Method::Percentile(99.9), outputs: Vec::new() };
     calibrate(&mut model, &[inputs(2, 64)], &how);

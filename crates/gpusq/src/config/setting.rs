@@ -156,22 +156,6 @@ impl Setting for Option<Pattern> {
     }
 }
 
-/// The weights' pattern: what sparse tensor cores compute.
-impl Setting for Pattern {
-    fn set(&mut self, value: &Value, _: Range) -> bool {
-        let pattern = value.as_str().and_then(|text| text.parse().ok());
-        pattern.filter(|&p| p == Pattern::TWO_FOUR).map(|p| *self = p).is_some()
-    }
-
-    fn get(&self) -> Value {
-        Value::String(self.to_string())
-    }
-
-    fn allowed(&self, _: Range) -> String {
-        "\"2:4\", the pattern of sparse tensor cores".into()
-    }
-}
-
 /// The name of a line of [`CRITERIA`].
 impl Setting for &'static str {
     fn set(&mut self, value: &Value, _: Range) -> bool {
