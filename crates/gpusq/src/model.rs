@@ -208,10 +208,8 @@ impl Model {
         let shapes: BTreeMap<String, Vec<usize>> = self.spec.weights().into_iter().collect();
         let mut used = BTreeSet::new();
         for entry in (arch.tensors)(&self.spec) {
-            // A checkpoint of the bare body has its names without the prefix.
-            let bare = entry.theirs.strip_prefix(arch.prefix).unwrap_or(&entry.theirs);
-            let Some(theirs) =
-                [entry.theirs.as_str(), bare].into_iter().find(|n| checkpoint.info(n).is_some())
+            let spellings = arch.spellings(&entry.theirs);
+            let Some(theirs) = spellings.iter().map(String::as_str).find(|n| checkpoint.info(n).is_some())
             else {
                 if entry.ours.starts_with("head.") && entry.layout != Layout::Constant {
                     self.fresh.extend(shapes.contains_key(&entry.ours).then_some(entry.ours));

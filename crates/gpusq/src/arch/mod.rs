@@ -36,6 +36,18 @@ pub struct Arch {
     pub classifier: Option<Activation>,
 }
 
+impl Arch {
+    /// The names under which checkpoints hold the tensor `name`, the usual one first: one of the bare body
+    /// leaves out the prefix, and early ones (bert-base-uncased) call a norm's weight and bias gamma and beta.
+    pub fn spellings(&self, name: &str) -> [String; 4] {
+        let bare = name.strip_prefix(self.prefix).unwrap_or(name);
+        let early = |n: &str| {
+            n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        };
+        [name.to_string(), bare.to_string(), early(name), early(bare)]
+    }
+}
+
 /// HuggingFace class names by head; empty where the family has none here.
 pub struct Classes {
     /// Without a head.
