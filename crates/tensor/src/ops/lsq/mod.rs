@@ -92,6 +92,18 @@ mod tests {
         assert_eq!(cpu::codes(&t, 1.0).f32(), want);
     }
 
+    /// Every tie, the floats beside it, and a sweep: the code is the library's round half to even.
+    #[test]
+    fn rounding_is_the_librarys() {
+        let ties = (-260..=260).map(|i| i as f32 * 0.5);
+        let beside = ties.flat_map(|t| [t.next_down(), t, t.next_up()]);
+        let sweep = (0..200_000u32).map(|i| (i as f32 - 1e5) * 1.3e-3);
+        for x in beside.chain(sweep) {
+            let want = x.round_ties_even().clamp(-127.0, 127.0);
+            assert_eq!(code(x, 1.0).to_bits(), (want + 0.0).to_bits(), "{x}");
+        }
+    }
+
     #[test]
     fn division_is_not_by_a_reciprocal() {
         // The two differ only near ties, so the inputs lie near ties.
