@@ -11,11 +11,11 @@ use std::time::{Duration, Instant};
 
 use gpusq::arch::Config;
 use gpusq::compress::prune_weights;
-use gpusq::config;
+use gpusq::config::{self, Method};
 use gpusq::engine::Engine;
 use gpusq::forward::{Bound, Inputs, TapSet, Tokens, forward};
 use gpusq::model::Model;
-use gpusq::quant::{Calibration, Method, calibrate};
+use gpusq::quant::{Calibration, calibrate};
 use gpusq::tensor::Tape;
 use gpusq::tensor::ops::masked::MaskGradient;
 
@@ -39,8 +39,12 @@ fn inputs(batch: usize, length: usize) -> Inputs {
 fn quantised(dense: &Model) -> Model {
     let mut model = dense.clone();
     prune_weights(&mut model, &config::Config::default().prune, &[]).expect("the model is dense");
-    let how =
-        Calibration { weights: Method::AbsMax, activations: Method::Percentile(99.9), outputs: Vec::new() };
+    let how = Calibration {
+        weights: Method::Absmax,
+        activations: Method::Percentile,
+        percentile: 99.9,
+        outputs: Vec::new(),
+    };
     calibrate(&mut model, &[inputs(2, 64)], &how);
     model
 }

@@ -16,7 +16,7 @@ use crate::forward::{Bound, Inputs, TapSet, forward};
 use crate::model::{MANIFEST_FILE, Model, PACKED_FILE, STATE_DIR, Stage, apply, compressible};
 use crate::outdir::{self, Held};
 use crate::params::Weight;
-use crate::quant::{self, Calibration, Method};
+use crate::quant::{self, Calibration};
 use crate::report::{self, RunRecord};
 use crate::sparsity::{self, InputStats, Pattern, weight_mask};
 use crate::spec::{Head, Role};
@@ -147,11 +147,6 @@ fn untie(model: &mut Model) {
 
 /// The settings of `settings` as the quantiser takes them.
 pub fn calibration(settings: &config::Quantize) -> Calibration {
-    let method = |c| match c {
-        config::Calibration::Absmax => Method::AbsMax,
-        config::Calibration::Percentile => Method::Percentile(settings.percentile as f32),
-        config::Calibration::Mse => Method::Mse,
-    };
     let role = |s: &Site| match s {
         Site::Q => Role::Query,
         Site::K => Role::Key,
@@ -161,8 +156,9 @@ pub fn calibration(settings: &config::Quantize) -> Calibration {
         Site::FfnOut => Role::FeedForwardOut,
     };
     Calibration {
-        weights: method(settings.weights),
-        activations: method(settings.calibration),
+        weights: settings.weights,
+        activations: settings.calibration,
+        percentile: settings.percentile,
         outputs: settings.outputs.iter().map(role).collect(),
     }
 }

@@ -92,12 +92,12 @@ choice! {
 
 choice! {
     /// How a step size is chosen from observed values.
-    pub enum Calibration {
+    pub enum Method {
         /// The largest magnitude becomes code 127.
         Absmax = "absmax",
         /// A percentile of the magnitudes becomes code 127; what is larger is clipped.
         Percentile = "percentile",
-        /// The step size with the smallest mean squared error, by search.
+        /// The step size with the least squared error, among 100 between 0.2 and 1 times absmax's.
         Mse = "mse",
     }
 }
@@ -219,13 +219,13 @@ table! {
     /// The quantisation stage: step sizes from calibration, then training weights and step sizes.
     pub struct Quantize {
         /// How the activations' step sizes are first chosen: absmax, percentile or mse.
-        calibration: Calibration = Calibration::Percentile;
+        calibration: Method = Method::Percentile;
         /// Percent of the magnitudes that the percentile method does not clip.
         percentile: f64 = 99.99, (Bound::Excluded(50.0), Bound::Included(100.0));
         /// Training examples that activations are observed on.
         calibration_examples: usize = 512, 1.0..=1e6;
         /// How the weights' step sizes are first chosen, one for each output row: absmax, percentile or mse.
-        weights: Calibration = Calibration::Mse;
+        weights: Method = Method::Mse;
         /// Linear layers whose output is quantised too, as in the paper's figure 2.
         outputs: Vec<Site> = Site::ALL.to_vec();
         /// Largest learning rate of the step sizes, on the same schedule; a step changes them by about this

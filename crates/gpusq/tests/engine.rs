@@ -3,12 +3,13 @@
 use std::path::Path;
 
 use gpusq::arch::{self, Config};
+use gpusq::config::Method;
 use gpusq::engine::Engine;
 use gpusq::format::packed::{round_dense, unpack_codes};
 use gpusq::forward::{Bound, Inputs, Output, TapSet, Tokens, forward};
 use gpusq::model::{Model, Stage, compressible};
 use gpusq::params::{Params, Weight};
-use gpusq::quant::{Calibration, Method, calibrate};
+use gpusq::quant::{Calibration, calibrate};
 use gpusq::sparsity::{Pattern, mask_rows};
 use gpusq::spec::*;
 use gpusq::task::HeadKind;
@@ -127,7 +128,8 @@ fn quantise(model: &mut Model, samples: &[Inputs], outputs: bool) {
         false => Vec::new(),
     };
     // Clipping must be met as well as rounding.
-    let how = Calibration { weights: Method::Mse, activations: Method::Percentile(99.0), outputs };
+    let how =
+        Calibration { weights: Method::Mse, activations: Method::Percentile, percentile: 99.0, outputs };
     calibrate(model, samples, &how);
     round_dense(&mut model.params).unwrap();
 }

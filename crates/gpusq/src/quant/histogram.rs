@@ -2,7 +2,8 @@
 
 use gpusq_tensor::ops::lsq::{QMAX, code};
 
-use super::{Method, SMALLEST, best};
+use super::{SMALLEST, best};
+use crate::config::Method;
 
 /// Sixteen bins to a quantisation step at absmax.
 const BINS: usize = 2048;
@@ -39,15 +40,15 @@ impl Histogram {
         }
     }
 
-    /// The step size `method` chooses.
-    pub(super) fn scale(&self, method: Method) -> f32 {
+    /// The step size `method` chooses; `percentile` is for the method of that name.
+    pub(super) fn scale(&self, method: Method, percentile: f64) -> f32 {
         let top = (self.absmax / QMAX).max(SMALLEST);
         let width = self.range / BINS as f32;
         match method {
-            Method::AbsMax => top,
-            Method::Percentile(p) => {
+            Method::Absmax => top,
+            Method::Percentile => {
                 let total: u64 = self.counts.iter().sum();
-                let wanted = (total as f64 * p as f64 / 100.0).ceil() as u64;
+                let wanted = (total as f64 * percentile / 100.0).ceil() as u64;
                 let mut sum = 0;
                 let bin = self.counts.iter().position(|c| {
                     sum += c;
@@ -79,7 +80,7 @@ mod tests {
         h.add(&[0.5, -0.25]);
         h.add(&[3.0, 0.1]);
         assert_eq!(h.counts.iter().sum::<u64>(), 4);
-        assert_eq!(h.scale(Method::AbsMax), 3.0 / 127.0);
+        assert_eq!(h.scale(Method::Absmax, 100.0), 3.0 / 127.0);
     }
 
     #[test]
@@ -88,13 +89,13 @@ mod tests {
         let x = gpusq_tensor::normal(&[100_000], 1.0, 1);
         h.add(x.f32());
         h.add(&[100.0]);
-        assert_eq!(h.scale(Method::AbsMax), 100.0 / 127.0);
+        assert_eq!(h.scale(Method::Absmax, 100.0), 100.0 / 127.0);
         // 99.9 % of a normal distribution lies within 3.29 deviations; a bin is 0.06 wide here.
-        let p = h.scale(Method::Percentile(99.9)) * 127.0;
+        let p = h.scale(Method::Percentile, 99.9) * 127.0;
         assert!((3.2..3.5).contains(&p), "{p}");
         // At a fraction f of absmax's step s, rounding costs n (f s)^2 / 12 = 5160 f^2 and clipping the outlier
         // 10^4 (1 - f)^2: least at 0.66. (Clipping at 3.3 deviations would cost more than it saves.)
-        let fraction = h.scale(Method::Mse) * 127.0 / 100.0;
+        let fraction = h.scale(Method::Mse, 100.0) * 127.0 / 100.0;
         assert!((0.62..0.70).contains(&fraction), "{fraction}");
     }
 }

@@ -9,8 +9,8 @@ use gpusq_tensor::ops::lsq::{QMAX, code};
 use gpusq_tensor::ops::masked::MaskGradient;
 use gpusq_tensor::{Tape, Tensor};
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
 
+use crate::config::Method;
 use crate::forward::{Bound, Inputs, TapSet, forward};
 use crate::model::{Model, Stage, apply};
 use crate::params::Weight;
@@ -20,43 +20,31 @@ use histogram::Histogram;
 /// Smallest step size: an all-zero row or tensor still needs a positive one.
 const SMALLEST: f32 = 1e-8;
 
-/// How a step size is chosen from values.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Method {
-    /// The largest magnitude gets code 127.
-    AbsMax,
-    /// This percentage of magnitudes is not clipped.
-    Percentile(f32),
-    /// The step size with the least squared error, among 100 between 0.2 and 1 times absmax's.
-    Mse,
-}
-
 /// Candidates of [`Method::Mse`], as fractions of the absmax step size.
 fn candidates() -> impl Iterator<Item = f32> {
     (0..100).map(|i| 1.0 - 0.8 * i as f32 / 99.0)
 }
 
-/// One step size per row of `value` `[rows, cols]`: f32 `[rows]`.
-pub fn weight_scales(value: &Tensor, method: Method) -> Tensor {
+/// One step size per row of `value` `[rows, cols]`: f32 `[rows]`. `percentile` is for the method of that name.
+pub fn weight_scales(value: &Tensor, method: Method, percentile: f64) -> Tensor {
     let rows: Vec<f32> =
-        value.f32().par_chunks_exact(value.width()).map(|row| row_scale(row, method)).collect();
+        value.f32().par_chunks_exact(value.width()).map(|row| row_scale(row, method, percentile)).collect();
     let n = rows.len();
     Tensor::from_f32(rows, &[n])
 }
 
-fn row_scale(row: &[f32], method: Method) -> f32 {
+fn row_scale(row: &[f32], method: Method, percentile: f64) -> f32 {
     let absmax = row.iter().fold(0.0f32, |m, v| m.max(v.abs()));
     let top = (absmax / QMAX).max(SMALLEST);
     match method {
-        Method::AbsMax => top,
-        Method::Percentile(p) => {
+        Method::Absmax => top,
+        Method::Percentile => {
             let mut sorted: Vec<f32> = row.iter().map(|v| v.abs()).filter(|&v| v > 0.0).collect();
             if sorted.is_empty() {
                 return top;
             }
             sorted.sort_by(f32::total_cmp);
-            let at = ((sorted.len() as f64 * p as f64 / 100.0).ceil() as usize).clamp(1, sorted.len());
+            let at = ((sorted.len() as f64 * percentile / 100.0).ceil() as usize).clamp(1, sorted.len());
             (sorted[at - 1] / QMAX).max(SMALLEST)
         }
         Method::Mse => {
@@ -86,6 +74,8 @@ pub struct Calibration {
     pub weights: Method,
     /// For activations, per tensor.
     pub activations: Method,
+    /// Percent of the magnitudes that [`Method::Percentile`] does not clip.
+    pub percentile: f64,
     /// Roles whose linear map's output is quantised too (the pair after a layer, paper figure 2).
     pub outputs: Vec<Role>,
 }
@@ -117,10 +107,10 @@ pub fn calibrate(model: &mut Model, samples: &[Inputs], how: &Calibration) {
         let Some(Weight::Masked { .. }) = model.params.get(&name) else { continue };
         let Some(Weight::Masked { value, mask }) = model.params.remove(&name) else { unreachable!() };
         let value = apply(&value, &mask);
-        let scale = weight_scales(&value, how.weights);
+        let scale = weight_scales(&value, how.weights, how.percentile);
         model.params.insert(name, Weight::Fake { value, mask, scale });
         let step = |tap: &str| {
-            let s = seen.get(tap).map_or(SMALLEST, |h| h.scale(how.activations));
+            let s = seen.get(tap).map_or(SMALLEST, |h| h.scale(how.activations, how.percentile));
             Weight::Dense(Tensor::scalar(s))
         };
         model.params.insert(l.input_scale(), step(&l.input));
@@ -151,28 +141,29 @@ mod tests {
     #[test]
     fn absmax_gives_the_largest_value_code_127() {
         let t = Tensor::from_f32(vec![0.1, -2.54, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0], &[2, 4]);
-        let s = weight_scales(&t, Method::AbsMax);
+        let s = weight_scales(&t, Method::Absmax, 100.0);
         assert_eq!(code(-2.54, s.f32()[0]), -127.0);
         assert!(s.f32()[1] > 0.0, "a row of zeros still has a step size");
     }
 
     #[test]
     fn mse_is_never_worse_than_absmax_and_better_with_an_outlier() {
+        let scales = |t: &Tensor, method| weight_scales(t, method, 100.0);
         let mut row = gpusq_tensor::normal(&[1, 512], 1.0, 3);
         row.f32_mut()[7] = 6.0;
-        let (a, m) = (weight_scales(&row, Method::AbsMax), weight_scales(&row, Method::Mse));
+        let (a, m) = (scales(&row, Method::Absmax), scales(&row, Method::Mse));
         let (ea, em) = (relative_error(&row, &a), relative_error(&row, &m));
         assert!(em <= ea, "{em} {ea}");
         let mut heavy = row.clone();
         heavy.f32_mut()[7] = 12.0;
-        let (a, m) = (weight_scales(&heavy, Method::AbsMax), weight_scales(&heavy, Method::Mse));
+        let (a, m) = (scales(&heavy, Method::Absmax), scales(&heavy, Method::Mse));
         assert!(relative_error(&heavy, &m) < 0.99 * relative_error(&heavy, &a));
     }
 
     #[test]
     fn percentile_clips_the_asked_share() {
         let row: Vec<f32> = (1..=100).map(|i| i as f32).collect();
-        let s = weight_scales(&Tensor::from_f32(row, &[1, 100]), Method::Percentile(90.0));
+        let s = weight_scales(&Tensor::from_f32(row, &[1, 100]), Method::Percentile, 90.0);
         assert_eq!(s.f32()[0], 90.0 / 127.0);
     }
 }
