@@ -5,12 +5,13 @@ use gpusq::Result;
 use gpusq::format::packed::sizes;
 use gpusq::model::{Model, Stage, compressible};
 use gpusq::preflight::bytes;
+use gpusq::report::grouped;
 use gpusq::spec::Head;
 use gpusq::task::Tokenizer;
 use serde_json::json;
 
 use crate::args;
-use crate::progress::{grouped, out};
+use crate::progress::out;
 
 pub(crate) fn run(m: &ArgMatches) -> Result<()> {
     let dir = args::model_dir(m)?;
@@ -51,8 +52,8 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
         s.layers,
         s.hidden,
         s.heads,
-        grouped(spec.vocab),
-        grouped(spec.max_length())
+        grouped(spec.vocab as u64),
+        grouped(spec.max_length() as u64)
     ));
     out(format_args!(
         "  head: {head}{}",
@@ -63,8 +64,8 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
     }
     out(format_args!(
         "  {} parameters, {} of them in {} linear maps that compression covers",
-        grouped(parameters),
-        grouped(elements),
+        grouped(parameters as u64),
+        grouped(elements as u64),
         linears.len() - dense.len()
     ));
     match packed {
@@ -101,7 +102,7 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
         Ok(n) if n > spec.vocab => {
             out(format_args!("  PROBLEM: the tokenizer has {n} entries, the model {}", spec.vocab))
         }
-        Ok(n) => out(format_args!("  tokenizer: {} entries", grouped(n))),
+        Ok(n) => out(format_args!("  tokenizer: {} entries", grouped(n as u64))),
         Err(e) => out(format_args!("  no usable tokenizer: {e}")),
     }
     out(format_args!(

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use gpusq::compress::Event;
 use gpusq::preflight::{Preflight, bytes};
+use gpusq::report::grouped;
 use gpusq::train;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
@@ -45,11 +46,11 @@ impl Progress {
         let mut text = format!(
             "{} parameters, {} linear maps to compress ({:.1} % of the parameters); {} examples to train on, {} to score; \
              longest {} tokens\nneeds about {} of memory and {} of disk",
-            grouped(p.parameters),
+            grouped(p.parameters as u64),
             p.compressed.iter().map(|(_, n)| n).sum::<usize>(),
             100.0 * p.compressed_parameters as f64 / p.parameters as f64,
-            grouped(p.examples.0),
-            grouped(p.examples.1),
+            grouped(p.examples.0 as u64),
+            grouped(p.examples.1 as u64),
             p.longest,
             bytes(p.memory),
             bytes(p.disk)
@@ -146,19 +147,6 @@ pub(crate) fn out(line: impl std::fmt::Display) {
     let _ = writeln!(std::io::stdout(), "{line}");
 }
 
-/// 1234567 as `1,234,567`.
-pub(crate) fn grouped(n: usize) -> String {
-    let digits = n.to_string();
-    let mut out = String::new();
-    for (i, c) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(c);
-    }
-    out
-}
-
 fn clock(d: Duration) -> String {
     let s = d.as_secs();
     if s >= 3600 {
@@ -173,8 +161,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_are_grouped_and_times_short() {
-        assert_eq!([grouped(7), grouped(1234), grouped(1234567)], ["7", "1,234", "1,234,567"]);
+    fn times_are_short() {
         assert_eq!([clock(Duration::from_secs(65)), clock(Duration::from_secs(3700))], ["1m05s", "1h01m"]);
     }
 }

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::plot::{Line, Scale, plot, short};
-use super::{Curve, LayerRow, Outcome, RunRecord, Sizes, fixed};
+use super::{Curve, LayerRow, Outcome, RunRecord, Sizes, fixed, grouped};
 
 const STYLE: &str = include_str!("report.css");
 /// Longer tables start folded.
@@ -174,7 +174,7 @@ fn scores(out: &mut String, r: &RunRecord) {
         open_table(out, "Scores", &format!("<th>Model</th>{head}{more}"));
         for (i, stage) in r.stages.iter().enumerate() {
             row(out, &stage.name, &stage.scores, i == 0);
-            let (examples, time) = (count(stage.examples as u64), duration(stage.wall_seconds));
+            let (examples, time) = (grouped(stage.examples as u64), duration(stage.wall_seconds));
             put!(out, "<td class=\"num\">{examples}</td><td class=\"num\">{time}</td></tr>");
         }
         close_table(out);
@@ -257,8 +257,8 @@ fn figure(out: &mut String, curve: &Curve) {
         put!(
             out,
             "<span class=\"bad\">At {} of {} steps the loss was not a finite number.</span>",
-            count(broken as u64),
-            count(points.len() as u64)
+            grouped(broken as u64),
+            grouped(points.len() as u64)
         );
     }
     out.push_str("</figcaption></figure>");
@@ -375,11 +375,11 @@ fn sizes_section(out: &mut String, s: &Sizes) {
     };
     for (class, name, (bits, before, ratio)) in rows {
         let label = format!("<span class=\"swatch {class}\"></span>{name}");
-        row(&label, [before, of_bits(bits), count(bits), ratio]);
+        row(&label, [before, of_bits(bits), grouped(bits), ratio]);
     }
     let now = s.packed_bits.saturating_add(s.scale_bits).saturating_add(s.rest_bits);
     let before = s.dense_fp16_bits.saturating_add(s.rest_bits);
-    row("Whole model", [of_bits(before), of_bits(now), count(now), percent(s.model_ratio(), 2)]);
+    row("Whole model", [of_bits(before), of_bits(now), grouped(now), percent(s.model_ratio(), 2)]);
     row("File on disk", [String::new(), bytes(s.file_bytes), String::new(), String::new()]);
     close_table(out);
 }
@@ -435,19 +435,6 @@ fn bytes(n: u64) -> String {
         1_000_000..1_000_000_000 => format!("{:.1} MB", n as f64 / 1e6),
         _ => format!("{:.2} GB", n as f64 / 1e9),
     }
-}
-
-/// "12,345".
-fn count(n: u64) -> String {
-    let digits = n.to_string();
-    let mut out = String::new();
-    for (i, c) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(c);
-    }
-    out
 }
 
 fn duration(seconds: f64) -> String {
@@ -648,7 +635,6 @@ mod tests {
 
     #[test]
     fn quantities_read_well() {
-        assert_eq!(["0", "999", "1,000", "12,345,678"], [0, 999, 1000, 12_345_678].map(count));
         assert_eq!(
             ["999 B", "1.5 kB", "2.0 MB", "1.25 GB"],
             [999, 1_500, 2_000_000, 1_250_000_000].map(bytes)

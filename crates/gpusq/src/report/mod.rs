@@ -302,6 +302,19 @@ fn fixed(x: f64, digits: usize) -> String {
     }
 }
 
+/// `1234567` as `1,234,567`.
+pub fn grouped(n: u64) -> String {
+    let digits = n.to_string();
+    let mut out = String::new();
+    for (i, c) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(c);
+    }
+    out
+}
+
 /// The page for `record`: one HTML document (also well-formed XML) that needs nothing beside itself.
 pub fn render(record: &RunRecord) -> String {
     html::page(record)
@@ -466,6 +479,11 @@ mod tests {
         for (x, text) in cases {
             assert_eq!(fixed(x, 1), text, "{x}");
         }
+    }
+
+    #[test]
+    fn digits_are_grouped_by_three() {
+        assert_eq!(["0", "999", "1,000", "12,345,678"], [0, 999, 1000, 12_345_678].map(grouped));
     }
 
     #[test]
