@@ -28,7 +28,7 @@ fn step(c: &mut Criterion) {
     let ids = (0..batch * length).map(|i| (i as u32).wrapping_mul(2_654_435_761) % 30_522).collect();
     let tokens = Tokens { batch, length, ids, types: vec![0; batch * length], mask: None };
     let targets = Targets::Spans { start: vec![5; batch], end: vec![9; batch] };
-    let b = Batch { inputs: Inputs { tokens, target: None }, targets, examples: vec![] };
+    let b = Batch { inputs: Inputs { tokens, target: None }, targets };
     let optimizer = config::Fit { learning_rate: 1e-5, ..config::Fit::default() };
     for (name, attention) in [("dense", None), ("attention 2:4", Some(Pattern::TWO_FOUR))] {
         let (teacher, mut student) = (model(), model());

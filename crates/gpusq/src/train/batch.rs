@@ -11,8 +11,6 @@ pub struct Batch {
     pub inputs: Inputs,
     /// What the outputs should be.
     pub targets: Targets,
-    /// Index of each example in the data set.
-    pub examples: Vec<usize>,
 }
 
 /// Pads the examples `which` of `examples` to the longest among them with `pad`.
@@ -50,7 +48,7 @@ pub fn collate(examples: &[Example], which: &[usize], head: HeadKind, pad: u32) 
     // Without padding no mask is needed, and attention is quicker.
     let mask = mask.iter().any(|m| !m).then_some(mask);
     let tokens = Tokens { batch: which.len(), length, ids, types, mask };
-    Batch { inputs: Inputs { tokens, target: None }, targets, examples: which.to_vec() }
+    Batch { inputs: Inputs { tokens, target: None }, targets }
 }
 
 /// Batches in file order, sorted by length so that little is padded.
