@@ -856,6 +856,9 @@ mod tests {
             }
             let doc = PRESETS.iter().find(|preset| preset.name == name).unwrap().doc;
             assert!(doc.ends_with(&format!("batch {batch} on each of {gpus} GPUs)")), "{doc}");
+            // GLUE and SQuAD are the tasks that can be trained on.
+            let runs = name.ends_with("-glue") || name.ends_with("-squad");
+            assert_eq!(!doc.contains("no command runs it yet"), runs, "{doc}");
         }
         assert_eq!(PRESETS.len(), 17, "a preset beside `quick` that is not checked here");
     }
