@@ -10,6 +10,7 @@ use super::fit::Point;
 use crate::distill::Terms;
 use crate::format::safetensors::{Checkpoint, write_safetensors};
 use crate::params::{Params, Weight};
+use crate::spec::is_step_size;
 use crate::{Error, Result};
 
 /// Progress of a training stage and its optimiser's moments.
@@ -23,6 +24,9 @@ pub struct State {
 
 /// Suffix of the moments of a weight's step sizes.
 pub(super) const SCALE: &str = "#scale";
+
+/// What to do about a state that is damaged.
+const AGAIN: &str = "start the run again";
 
 /// How far a stage is.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -39,6 +43,29 @@ pub struct Progress {
     pub curve: Vec<Point>,
     /// Seconds spent training so far.
     pub seconds: f64,
+}
+
+impl Progress {
+    /// Whether every number is finite. JSON has none that are not, and the reader refuses those too large for
+    /// their type except in a flattened field, the terms of a point.
+    fn finite(&self) -> bool {
+        let terms = self.curve.iter().map(|p| p.terms);
+        terms.flat_map(|t| [t.total, t.hard, t.soft, t.feature]).all(f32::is_finite)
+    }
+}
+
+/// Says what makes a tensor unfit to go on training with: it would show as a loss that is not finite, or only
+/// when the finished model is read.
+fn usable(kind: &str, name: &str, t: &Tensor) -> std::result::Result<(), &'static str> {
+    if kind == "mask" {
+        let kept = |group: &[u8]| group.iter().map(|&m| usize::from(m)).sum::<usize>();
+        let fine = t.u8().iter().all(|&m| m <= 1) && t.u8().chunks(4).all(|group| kept(group) == 2);
+        return if fine { Ok(()) } else { Err("is no 2:4 mask") };
+    }
+    let step_size = kind == "scale" || kind == "value" && is_step_size(name);
+    // Second moments are sums of squares.
+    let fine = |x: f32| x.is_finite() && if step_size { x > 0.0 } else { kind != "second" || x >= 0.0 };
+    if t.f32().iter().all(|&x| fine(x)) { Ok(()) } else { Err("holds values that no sound training leaves") }
 }
 
 impl State {
@@ -77,9 +104,11 @@ impl State {
         let file = Checkpoint::open_file(path)?;
         let text =
             file.metadata().get("progress").ok_or_else(|| Error::file(path, "is not a training state"))?;
-        let progress = serde_json::from_str(text).map_err(|e| {
-            Error::file(path, format!("training progress does not parse: {e}; start the run again"))
-        })?;
+        let progress: Progress = serde_json::from_str(text)
+            .map_err(|e| Error::file(path, format!("training progress does not parse: {e}; {AGAIN}")))?;
+        if !progress.finite() {
+            return Err(Error::file(path, format!("training progress holds infinite numbers; {AGAIN}")));
+        }
         let get = |kind: &str, name: &str, like: &Tensor| -> Result<Tensor> {
             let full = format!("{kind}/{name}");
             let t = file.raw(&full)?;
@@ -87,13 +116,7 @@ impl State {
                 let message = format!("is {t:?} where the model has {like:?}; this state is of another run");
                 return Err(Error::tensor(path, full, message));
             }
-            if kind == "mask" && t.u8().iter().any(|&m| m > 1) {
-                return Err(Error::tensor(
-                    path,
-                    full,
-                    "holds other values than 0 and 1; start the run again",
-                ));
-            }
+            usable(kind, name, &t).map_err(|what| Error::tensor(path, full, format!("{what}; {AGAIN}")))?;
             Ok(t)
         };
         for (name, w) in params.iter_mut() {
@@ -111,21 +134,83 @@ impl State {
         }
         let mut moments = BTreeMap::new();
         for name in file.names().filter_map(|n| n.strip_prefix("first/")) {
-            let weight = params.get(name.strip_suffix(SCALE).unwrap_or(name));
-            let like = match weight {
-                Some(Weight::Fake { scale, .. }) if name.ends_with(SCALE) => scale,
-                Some(Weight::Dense(t) | Weight::Masked { value: t, .. } | Weight::Fake { value: t, .. }) => t,
+            let of_scale = name.strip_suffix(SCALE);
+            let like = match (params.get(of_scale.unwrap_or(name)), of_scale) {
+                (Some(Weight::Fake { scale, .. }), Some(_)) => scale,
+                (
+                    Some(Weight::Dense(t) | Weight::Masked { value: t, .. } | Weight::Fake { value: t, .. }),
+                    None,
+                ) => t,
                 _ => {
-                    return Err(Error::tensor(
-                        path,
-                        name,
-                        "is of no weight of the model; this state is of another run",
-                    ));
+                    let message = "is of no weight of the model; this state is of another run";
+                    return Err(Error::tensor(path, name, message));
                 }
             };
             let (first, second) = (get("first", name, like)?, get("second", name, like)?);
             moments.insert(name.to_string(), Moments { first, second });
         }
         Ok(State { progress, moments })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn params() -> Params {
+        let mask = Tensor::from_u8(vec![1, 0, 0, 1], &[1, 4]);
+        let value = Tensor::from_f32(vec![1.0, 0.0, 0.0, -2.0], &[1, 4]);
+        let mut params = Params::new();
+        params.insert("b.input_scale", Weight::Dense(Tensor::scalar(0.5)));
+        params.insert("b.weight", Weight::Fake { value, mask, scale: Tensor::scalar(0.25) });
+        params
+    }
+
+    /// What loading says of a state that `change` has spoilt.
+    fn refusal(change: impl FnOnce(&mut State, &mut Params)) -> String {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state");
+        let (mut state, mut saved) = (State::default(), params());
+        state.moments.insert("b.weight".into(), Moments::new(&[1, 4]));
+        state.moments.insert(format!("b.weight{SCALE}"), Moments::new(&[1]));
+        state.save(&path, &saved).unwrap();
+        assert_eq!(State::load(&path, &mut params()).unwrap().moments.len(), 2);
+        change(&mut state, &mut saved);
+        state.save(&path, &saved).unwrap();
+        State::load(&path, &mut params()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_state_that_training_cannot_continue_from_is_refused() {
+        let weight = |params: &mut Params, to: (f32, u8, f32)| {
+            let Some(Weight::Fake { value, mask, scale }) = params.get_mut("b.weight") else {
+                unreachable!()
+            };
+            (value.f32_mut()[0], mask.u8_mut()[0], scale.f32_mut()[0]) = to;
+        };
+        for (to, tensor, what) in [
+            ((f32::NAN, 1, 0.25), "value/b.weight", "no sound training"),
+            ((1.0, 0, 0.25), "mask/b.weight", "no 2:4 mask"),
+            ((1.0, 2, 0.25), "mask/b.weight", "no 2:4 mask"),
+            ((1.0, 1, 0.0), "scale/b.weight", "no sound training"),
+        ] {
+            let error = refusal(|_, params| weight(params, to));
+            assert!(error.contains(&format!("`{tensor}`")) && error.contains(what), "{error}");
+        }
+        let error = refusal(|_, params| params.insert("b.input_scale", Weight::Dense(Tensor::scalar(-0.5))));
+        assert!(error.contains("`value/b.input_scale`"), "{error}");
+        let error = refusal(|s, _| s.moments.get_mut("b.weight").unwrap().second.f32_mut()[3] = -1.0);
+        assert!(error.contains("`second/b.weight`"), "{error}");
+        let error =
+            refusal(|s, _| drop(s.moments.insert(format!("b.input_scale{SCALE}"), Moments::new(&[1]))));
+        assert!(error.contains("is of no weight of the model"), "{error}");
+    }
+    #[test]
+    fn a_loss_too_large_for_its_type_is_not_finite() {
+        let point = Point { step: 1, terms: Terms::default(), learning_rate: 0.1 };
+        let progress = Progress { curve: vec![point], ..Progress::default() };
+        assert!(progress.finite());
+        let text = serde_json::to_string(&progress).unwrap().replace("\"soft\":0.0", "\"soft\":1e39");
+        assert!(!serde_json::from_str::<Progress>(&text).unwrap().finite());
     }
 }
