@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 use gpusq::arch::labels;
-use gpusq::config::{self, Config};
+use gpusq::config::{self, Config, SettingInfo};
 use gpusq::hub;
 use gpusq::model::Model;
 use gpusq::spec::Head;
@@ -23,22 +23,22 @@ pub(crate) fn command() -> Command {
         .arg_required_else_help(true)
         .after_help("Start with `gpusq demo`: it needs no files and takes a few minutes.")
         .subcommand(
-            training("finetune", "Train a dense model on a task (no compression)", Some("train"))
+            training("finetune", "Train a dense model on a task (no compression)")
                 .after_help(footer.clone()),
         )
         .subcommand(
-            training("compress", "Prune, quantise and pack a fine-tuned model, with a report", None)
+            training("compress", "Prune, quantise and pack a fine-tuned model, with a report")
                 .arg(no_distill())
                 .arg(attention())
                 .after_help(footer.clone()),
         )
         .subcommand(
-            training("prune", "First stage alone: 2:4 weights, trained under the dense model", Some("prune"))
+            training("prune", "First stage alone: 2:4 weights, trained under the dense model")
                 .arg(no_distill())
                 .after_help(footer.clone()),
         )
         .subcommand(
-            training("quantize", "Second stage alone: INT8, trained under the pruned model", Some("quantize"))
+            training("quantize", "Second stage alone: INT8, trained under the pruned model")
                 .arg(no_distill())
                 .after_help(footer),
         )
@@ -64,8 +64,29 @@ pub(crate) fn command() -> Command {
         )
 }
 
-/// A training command. `section` names the configuration table whose keys it takes without the table's name.
-fn training(name: &'static str, about: &'static str, section: Option<&'static str>) -> Command {
+/// The table whose settings a command takes without the table's name too.
+fn own_table(command: &str) -> Option<&'static str> {
+    match command {
+        "finetune" => Some("train"),
+        "prune" => Some("prune"),
+        "quantize" => Some("quantize"),
+        _ => None,
+    }
+}
+
+/// Whether a setting has an effect on a training command.
+fn reads(command: &str, s: &SettingInfo) -> bool {
+    match (command, s.table) {
+        (_, "" | "data") => true,
+        ("compress", "prune" | "quantize") | ("compress" | "prune" | "quantize", "distill") => true,
+        // Criteria that look at inputs are given the examples of calibration.
+        ("prune", "quantize") => s.key == "calibration_examples",
+        (_, table) => own_table(command) == Some(table),
+    }
+}
+
+/// A training command.
+fn training(name: &'static str, about: &'static str) -> Command {
     let mut c = Command::new(name).about(about).args([
         model(),
         task(),
@@ -90,21 +111,20 @@ fn training(name: &'static str, about: &'static str, section: Option<&'static st
         if s.table.is_empty() {
             continue;
         }
-        let long =
-            if section == Some(s.table) { s.key.replace('_', "-") } else { s.name().replace('_', "-") };
+        let full = s.name().replace('_', "-");
         let help = format!("{} [default: {}]", s.doc, s.default);
-        let relevant = section.is_none()
-            || section == Some(s.table)
-            || s.table == "data"
-            || (s.table == "distill" && name != "finetune");
+        let mut arg = Arg::new(s.name());
+        arg = match own_table(name) == Some(s.table) {
+            true => arg.long(s.key.replace('_', "-")).alias(full),
+            false => arg.long(full),
+        };
         c = c.arg(
-            Arg::new(s.name())
-                .long(long)
-                .value_name("VALUE")
+            arg.value_name("VALUE")
                 .help(help)
                 .help_heading("Settings (also keys of the file)")
                 .hide_short_help(true)
-                .hide(!relevant)
+                // One without effect is there to be refused by name, rather than as a word nobody knows.
+                .hide(!reads(name, &s))
                 .allow_hyphen_values(true),
         );
     }
@@ -174,11 +194,22 @@ fn attention() -> Arg {
         .help("Sparse attention too (GEMM-MHA), such as 2:4; short for --prune.attention")
 }
 
-/// The settings that a training command's flags, file and preset give.
-pub(crate) fn settings(m: &ArgMatches) -> Result<Config> {
+/// The settings that the flags, file and preset of a training command give. A file may hold settings for
+/// other commands; a flag may not.
+pub(crate) fn settings(command: &str, m: &ArgMatches) -> Result<Config> {
     let mut overrides = Vec::new();
     for s in config::settings() {
         if let Some(v) = m.try_get_one::<String>(&s.name()).ok().flatten() {
+            if !reads(command, &s) {
+                let others =
+                    ["finetune", "prune", "quantize", "compress"].into_iter().filter(|c| reads(c, &s));
+                let others: Vec<String> = others.map(|c| format!("`gpusq {c}`")).collect();
+                return Err(Error::Config(format!(
+                    "--{} has no effect on `gpusq {command}`; it is a setting of {}",
+                    s.name().replace('_', "-"),
+                    others.join(", ")
+                )));
+            }
             overrides.push((s.name(), v.clone()));
         }
     }

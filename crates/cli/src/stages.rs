@@ -34,7 +34,7 @@ struct Start {
 impl Start {
     /// `command` starts from a model of stage `from`; `trained` says that its head must be trained already.
     fn read(command: &'static str, from: Stage, trained: bool, m: &ArgMatches) -> Result<Start> {
-        let config = args::settings(m)?;
+        let config = args::settings(command, m)?;
         let task = task(m.get_one::<String>("task").expect("required"))?;
         let out = m.get_one::<PathBuf>("out").expect("required").clone();
         let data = m.get_one::<PathBuf>("data").expect("required");

@@ -232,6 +232,39 @@ fn wrong_settings_are_refused() {
 }
 
 #[test]
+fn flags_reach_a_setting_of_the_command_or_are_refused() {
+    let pruned = compressed().join("pruned");
+    for (command, from, flag, parts) in [
+        // With or without the table's name: the value is what is wrong.
+        ("quantize", &pruned, "--quantize.epochs", &["`quantize.epochs` is many"][..]),
+        ("quantize", &pruned, "--epochs", &["`quantize.epochs` is many"]),
+        ("finetune", &model(), "--train.learning-rate", &["`train.learning_rate` is many"]),
+        ("prune", &dense(), "--prune.stop-loss", &["`prune.stop_loss` is many"]),
+        ("prune", &dense(), "--distill.beta", &["`distill.beta` is many"]),
+        // Wanda looks at as many examples.
+        ("prune", &dense(), "--quantize.calibration-examples", &["`quantize.calibration_examples` is many"]),
+        (
+            "quantize",
+            &pruned,
+            "--prune.epochs",
+            &["--prune.epochs has no effect", "`gpusq prune`, `gpusq compress`"],
+        ),
+        ("prune", &dense(), "--quantize.epochs", &["has no effect", "`gpusq quantize`, `gpusq compress`"]),
+        (
+            "compress",
+            &dense(),
+            "--train.epochs",
+            &["has no effect on `gpusq compress`", "of `gpusq finetune`"],
+        ),
+        ("finetune", &model(), "--distill.beta", &["has no effect on `gpusq finetune`"]),
+    ] {
+        let mut i = Inputs::of(command, from);
+        i.args.extend([flag, "many"].map(String::from));
+        i.fails(2, parts);
+    }
+}
+
+#[test]
 fn commands_refuse_models_of_the_wrong_stage() {
     let all = compressed();
     let pruned = all.join("pruned");
