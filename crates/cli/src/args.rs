@@ -307,3 +307,47 @@ pub(crate) fn typed() -> String {
     }
     words.join(" ")
 }
+
+#[cfg(test)]
+mod tests {
+    use gpusq::arch::Config as ModelConfig;
+    use gpusq::task::task;
+
+    use super::*;
+
+    /// What is said of a classifier whose configuration names its outputs so.
+    fn checked(name: &str, labels: &[&str]) -> Result<()> {
+        let text = r#"{"model_type": "bert", "vocab_size": 8, "hidden_size": 4, "num_hidden_layers": 1,
+            "num_attention_heads": 1, "intermediate_size": 4, "max_position_embeddings": 4, "type_vocab_size": 2}"#;
+        let mut model = Model::random(ModelConfig::parse(Path::new("config.json"), text)?, 1)?;
+        model.set_labels(labels);
+        check_labels(&model, Path::new("m"), task(name)?)
+    }
+
+    #[test]
+    fn labels_in_the_tasks_order_are_taken_however_they_are_written() {
+        for labels in [
+            ["not_equivalent", "equivalent"],
+            ["NOT EQUIVALENT", "Equivalent"],
+            ["Not-Equivalent", "EQUIVALENT"],
+            // Names that say nothing.
+            ["LABEL_0", "LABEL_1"],
+        ] {
+            checked("mrpc", &labels).unwrap();
+        }
+        checked("mrpc", &[]).unwrap();
+    }
+
+    #[test]
+    fn labels_in_another_order_are_refused() {
+        let message = |name, labels: &[&str]| checked(name, labels).unwrap_err().to_string();
+        let error = message("mnli", &["CONTRADICTION", "NEUTRAL", "ENTAILMENT"]);
+        assert!(error.starts_with(&Path::new("m").join("config.json").display().to_string()), "{error}");
+        for part in ["contradiction, neutral, entailment", "mnli needs entailment, neutral, contradiction"] {
+            assert!(error.contains(part), "{error}");
+        }
+        for other in ["not_equivalent", "Not-Equivalent", "NOT EQUIVALENT"] {
+            assert!(message("mrpc", &["Equivalent", other]).contains("order equivalent, not_equivalent"));
+        }
+    }
+}

@@ -131,6 +131,36 @@ fn all_stages_learn_and_keep_their_constraints() {
 }
 
 #[test]
+fn wanda_sees_no_padding() {
+    let d = data();
+    let of = |samples: &[Inputs]| {
+        let mut c = Config::default();
+        c.set("prune.criterion", "wanda").unwrap();
+        let mut m = dense();
+        prune_weights(&mut m, &c.prune, samples).unwrap();
+        // The first block's inputs are embeddings, whose bits do not depend on what else is in the batch.
+        match m.params.get("encoder.0.attn.q.weight") {
+            Some(Weight::Masked { mask, .. }) => mask.clone(),
+            _ => panic!("not masked"),
+        }
+    };
+    let plain = collate(&d.examples, &[0, 1, 2, 3], d.head, 0).inputs;
+    let (rows, length) = (plain.tokens.batch, plain.tokens.length);
+    assert_eq!(plain.tokens.mask, None);
+    let mut padded = plain.clone();
+    let t = &mut padded.tokens;
+    t.length = length + 6;
+    t.ids = plain.tokens.ids.chunks(length).flat_map(|ids| [ids, &[0; 6]].concat()).collect();
+    t.types = vec![0; rows * t.length];
+    t.mask = Some((0..rows * t.length).map(|i| i % t.length < length).collect());
+    let mut unmasked = padded.clone();
+    unmasked.tokens.mask = None;
+    let mask = of(&[plain]);
+    assert_eq!(mask, of(&[padded]));
+    assert_ne!(mask, of(&[unmasked]), "this padding would have changed what is kept");
+}
+
+#[test]
 fn a_resumed_run_has_the_bits_of_an_uninterrupted_one() {
     let d = data();
     let dir = tempfile::tempdir().unwrap();
