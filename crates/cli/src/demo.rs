@@ -129,7 +129,7 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
     record.curves.insert(0, gpusq::compress::curve("dense", &dense.curve));
     record.stages[0].wall_seconds = dense.seconds;
     record.wall_seconds = started.elapsed().as_secs_f64();
-    report::write(&record, &out)?;
+    run(&config, &out).finish(&record)?;
 
     let mut table = String::from("\nscore on generated text        dense   2:4 FP16   2:4 INT8\n");
     for (label, r) in [("with distillation", &record), ("without distillation", &other)] {

@@ -116,7 +116,7 @@ impl Start {
     /// The report of a command that ran one stage.
     fn report(&mut self, trained: &Trained, stage: &str, sizes: Option<report::Sizes>) -> Result<()> {
         let run = self.run();
-        let mut record = run.record(&trained.model);
+        let mut record = run.record(&trained.model)?;
         record.main_metric = trained.scores.0[0].0.clone();
         record.stages.push(report::Stage {
             name: stage.into(),
@@ -127,8 +127,8 @@ impl Start {
         record.curves.push(compress::curve(stage, &trained.curve));
         record.layers = compress::layers(&trained.model);
         record.sizes = sizes;
-        record.wall_seconds = trained.seconds;
-        report::write(&record, &self.out)?;
+        record.wall_seconds = run.seconds()?;
+        run.finish(&record)?;
         self.wrote(&self.out.clone())
     }
 
@@ -163,9 +163,10 @@ pub(crate) fn quantize(m: &ArgMatches) -> Result<()> {
     let Some(_held) = opened else { return Ok(()) };
     let mut progress = std::mem::replace(&mut s.progress, Progress::new(m.get_flag("json")));
     let run = s.run();
-    let trained = run.quantize(&s.model, &s.out, &mut |e| progress.show(e))?;
+    let mut trained = run.quantize(&s.model, &s.out, &mut |e| progress.show(e))?;
     let dir = s.out.join("packed");
-    let (packed, scores, _) = run.pack(&trained.model, &dir, &mut |e| progress.show(e))?;
+    let (packed, scores, seconds) = run.pack(&trained.model, &dir, &mut |e| progress.show(e))?;
+    trained.seconds = seconds;
     if scores != trained.scores {
         let message = format!("the packed model scores {scores}, the fake-quantised one {}", trained.scores);
         progress.show(compress::Event::Note(&message));

@@ -1,6 +1,8 @@
 //! The pipeline: dense -> prune + fit -> quantise + fit -> pack, each stage a folder that can be resumed,
 //! repeated and inspected alone (paper, figure 3 and algorithm 1).
 
+mod times;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::Instant;
@@ -24,6 +26,7 @@ use crate::task::{Dataset, Scores, Task, Tokenizer};
 use crate::train::batch::{collate, shuffled};
 use crate::train::{self, Recipe, State, fit, total_steps};
 use crate::{Error, Result};
+use times::Times;
 
 /// What a run works with.
 pub struct Run<'a> {
@@ -187,7 +190,7 @@ pub struct Trained {
     pub model: Model,
     /// Its scores on the evaluation split.
     pub scores: Scores,
-    /// Seconds of training and scoring.
+    /// Seconds spent on it, by all processes that worked on it.
     pub seconds: f64,
     /// Its loss curve; empty if it was finished before this run.
     pub curve: Vec<train::Point>,
@@ -219,12 +222,11 @@ impl Run<'_> {
     ///
     /// # Errors
     /// What the engine says of a packed model it cannot run.
-    pub fn score(&self, model: &Model, name: &str, watch: &mut Watch) -> Result<(Scores, f64)> {
-        let start = Instant::now();
+    pub fn score(&self, model: &Model, name: &str, watch: &mut Watch) -> Result<Scores> {
         let outputs = predict(model, self.dev, EVAL_BATCH, self.pad(), &mut |_| {})?;
         let scores = self.dev.score(&outputs);
         watch(Event::Scored { name, scores: &scores });
-        Ok((scores, start.elapsed().as_secs_f64()))
+        Ok(scores)
     }
 
     /// Makes the output folder, or checks that it may be continued, stores the configuration in it and keeps
@@ -235,7 +237,9 @@ impl Run<'_> {
     /// that another process writes into.
     pub fn open(&self, kind: &str, model: &Model) -> Result<Held> {
         let identity = outdir::identity(kind, self.task.name, model, self.train, self.dev);
-        outdir::open(self.out, self.resume, &identity, &self.config.to_toml())
+        let held = outdir::open(self.out, self.resume, &identity, &self.config.to_toml())?;
+        Times::of(self.out)?.keep(self.out)?;
+        Ok(held)
     }
 
     /// The record of the run in `out`, if it is finished.
@@ -244,7 +248,29 @@ impl Run<'_> {
     /// A record that does not parse.
     pub fn finished(&self) -> Result<Option<RunRecord>> {
         let file = self.out.join(report::RECORD_FILE);
-        if self.resume && file.exists() { report::read(&file).map(Some) } else { Ok(None) }
+        if !self.resume || !file.exists() {
+            return Ok(None);
+        }
+        let record = report::read(&file)?;
+        Times::forget(self.out)?;
+        Ok(Some(record))
+    }
+
+    /// Writes the report of the run, which ends it.
+    ///
+    /// # Errors
+    /// What writing meets.
+    pub fn finish(&self, record: &RunRecord) -> Result<()> {
+        report::write(record, self.out)?;
+        Times::forget(self.out)
+    }
+
+    /// Seconds spent on the run so far, by all processes that worked on it.
+    ///
+    /// # Errors
+    /// A file of times that does not parse.
+    pub fn seconds(&self) -> Result<f64> {
+        Ok(Times::of(self.out)?.total())
     }
 
     /// Runs one training stage in the folder `dir`: from its saved state if there is one, or not at all if
@@ -257,13 +283,14 @@ impl Run<'_> {
         recipe: Recipe,
         watch: &mut Watch,
     ) -> Result<Trained> {
-        let clock = Instant::now();
+        let mut clock = Instant::now();
         let state_dir = dir.join(STATE_DIR);
         if dir.join(MANIFEST_FILE).exists() {
             watch(Event::Note(&format!("{name}: finished before, read from {}", dir.display())));
             let model = Model::load(dir)?;
             clear_state(&state_dir)?;
-            let (scores, seconds) = self.score(&model, name, watch)?;
+            let scores = self.score(&model, name, watch)?;
+            let seconds = Times::add(self.out, model.stage, &mut clock)?;
             let curve = read_curve(&dir.join("curve.json"))?;
             return Ok(Trained { model, scores, seconds, curve });
         }
@@ -274,7 +301,15 @@ impl Run<'_> {
         let steps = total_steps(recipe.optimizer, self.train.examples.len());
         watch(Event::Stage { name, steps, done: state.progress.step });
         let recipe = Recipe { checkpoint: Some((file, recipe.optimizer.checkpoint_every)), ..recipe };
-        let report = fit(&mut model, self.train, &recipe, state, &mut |e| watch(Event::Train(e)))?;
+        let of = model.stage;
+        let mut kept = Ok(0.0);
+        let report = fit(&mut model, self.train, &recipe, state, &mut |e| {
+            if let train::Event::Saved { .. } = e {
+                kept = Times::add(self.out, of, &mut clock);
+            }
+            watch(Event::Train(e));
+        })?;
+        kept?;
         if model.stage == Stage::Quantized {
             // The packed model keeps large dense weights in f16; rounding them here makes its scores this
             // stage's own.
@@ -282,13 +317,15 @@ impl Run<'_> {
         }
         model.task = Some(self.task.name.into());
         model.fresh.clear();
-        let (scores, _) = self.score(&model, name, watch)?;
+        let scores = self.score(&model, name, watch)?;
+        // The folder below may be the last thing that this process finishes.
+        Times::add(self.out, of, &mut clock)?;
         crate::model::write_json(&dir.join("curve.json"), &report.curve)?;
         model.save(dir, self.tokenizer_dir)?;
         clear_state(&state_dir)?;
         // What a later stage sees is what is on disk, so that a resumed run sees the same.
         let model = Model::load(dir)?;
-        let seconds = report.seconds.max(clock.elapsed().as_secs_f64());
+        let seconds = Times::add(self.out, of, &mut clock)?;
         Ok(Trained { model, scores, seconds, curve: report.curve })
     }
 
@@ -360,17 +397,20 @@ impl Run<'_> {
         }
     }
 
-    /// Writes the engine's form of `model` into `dir` and scores it from there.
+    /// Writes the engine's form of `model` into `dir` and scores it from there. Gives the seconds spent on both
+    /// forms too, by all processes that worked on them.
     ///
     /// # Errors
     /// A model that is neither pruned nor quantised; what saving or the engine meets.
     pub fn pack(&self, model: &Model, dir: &Path, watch: &mut Watch) -> Result<(Model, Scores, f64)> {
+        let mut clock = Instant::now();
         if !dir.join(MANIFEST_FILE).exists() {
             std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
             model.packed()?.save(dir, self.tokenizer_dir)?;
         }
         let packed = Model::load(dir)?;
-        let (scores, seconds) = self.score(&packed, packed.stage.title(), watch)?;
+        let scores = self.score(&packed, packed.stage.title(), watch)?;
+        let seconds = Times::add(self.out, model.stage, &mut clock)?;
         Ok((packed, scores, seconds))
     }
 
@@ -380,16 +420,17 @@ impl Run<'_> {
     /// # Errors
     /// What any stage meets; the run can be resumed then.
     pub fn compress(&self, dense: &Model, watch: &mut Watch) -> Result<RunRecord> {
-        let mut record = self.record(dense);
+        let mut record = self.record(dense)?;
         record.variant = variant(self.config.prune.attention);
-        let clock = Instant::now();
-        let (scores, seconds) = self.score(dense, "dense", watch)?;
+        let mut clock = Instant::now();
+        let scores = self.score(dense, "dense", watch)?;
+        let seconds = Times::add(self.out, dense.stage, &mut clock)?;
         record.main_metric = scores.0[0].0.clone();
         record.stages.push(self.scored("dense", &scores, seconds));
 
         let pruned = self.prune(dense, &self.out.join("pruned"), watch)?;
         let (_, scores, seconds) = self.pack(&pruned.model, &self.out.join("packed-fp16"), watch)?;
-        record.stages.push(self.scored("2:4 FP16", &scores, pruned.seconds + seconds));
+        record.stages.push(self.scored("2:4 FP16", &scores, seconds));
         record.curves.push(curve("prune", &pruned.curve));
 
         let quantized = self.quantize(&pruned.model, &self.out.join("quantized"), watch)?;
@@ -400,21 +441,24 @@ impl Run<'_> {
             watch(Event::Note(&note));
             record.notes.push(note);
         }
-        record.stages.push(self.scored("2:4 INT8", &scores, quantized.seconds + seconds));
+        record.stages.push(self.scored("2:4 INT8", &scores, seconds));
         record.curves.push(curve("quantise", &quantized.curve));
 
         record.layers = layers(&quantized.model);
         let file = self.out.join("packed").join(PACKED_FILE);
         record.sizes = Some(sizes(&packed, &file)?);
-        record.wall_seconds = clock.elapsed().as_secs_f64();
-        report::write(&record, self.out)?;
+        record.wall_seconds = self.seconds()?;
+        self.finish(&record)?;
         Ok(record)
     }
 
     /// A record with what is known before the first stage.
-    pub fn record(&self, model: &Model) -> RunRecord {
+    ///
+    /// # Errors
+    /// A file of times that does not parse.
+    pub fn record(&self, model: &Model) -> Result<RunRecord> {
         let stack = model.spec.last_stack();
-        RunRecord {
+        Ok(RunRecord {
             title: format!(
                 "{} {} x {}",
                 model.config.json["model_type"].as_str().unwrap_or("model"),
@@ -423,14 +467,14 @@ impl Run<'_> {
             ),
             task: self.task.name.into(),
             variant: variant(model.attention),
-            started: humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string(),
+            started: Times::of(self.out)?.started,
             machine: report::Machine::current(rayon::current_num_threads()),
             version: env!("CARGO_PKG_VERSION").into(),
             command: self.command.clone(),
             config: self.config.to_toml(),
             notes: self.train.notes.iter().chain(&self.dev.notes).cloned().collect(),
             ..RunRecord::default()
-        }
+        })
     }
 
     fn scored(&self, name: &str, scores: &Scores, seconds: f64) -> report::Stage {

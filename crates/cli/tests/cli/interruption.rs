@@ -36,6 +36,50 @@ fn a_run_killed_in_each_stage_continues_to_the_same_bytes() {
     }
 }
 
+#[test]
+fn the_times_of_a_resumed_run_are_those_of_all_its_processes() {
+    let dir = tempfile::tempdir().unwrap();
+    let read = |path: &Path| -> Value { serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap() };
+    let began = "2020-02-02T02:02:02Z";
+    let out = dir.path().join("all");
+    let args = train("compress", &dense(), &out);
+    killed(&args, &out, &[&|e| e["event"] == "saved" && e["stage"] == "2:4 INT8"]);
+    // As if the first process had been slow.
+    let file = out.join("state/times.json");
+    let mut times = read(&file);
+    let spent = times["seconds"].as_object_mut().unwrap();
+    assert_eq!(spent.len(), 3, "{spent:?}");
+    for seconds in spent.values_mut() {
+        assert!(seconds.as_f64().unwrap() > 0.0, "{seconds}");
+        *seconds = 1000.into();
+    }
+    times["started"] = began.into();
+    std::fs::write(&file, times.to_string()).unwrap();
+    run(&resumed(&args)).ok();
+    let record = read(&out.join("run.json"));
+    assert_eq!(record["started"], began);
+    let stages = record["stages"].as_array().unwrap();
+    let parts: Vec<f64> = stages.iter().map(|s| s["wall_seconds"].as_f64().unwrap()).collect();
+    assert!(parts.len() == 3 && parts.iter().all(|s| (1000.0..2000.0).contains(s)), "{parts:?}");
+    assert!((record["wall_seconds"].as_f64().unwrap() - parts.iter().sum::<f64>()).abs() < 1e-6, "{record}");
+    assert!(!out.join("state").exists());
+
+    // Killed between the model and the report.
+    let out = dir.path().join("one");
+    let args = train("prune", &dense(), &out);
+    run(&args).ok();
+    std::fs::remove_file(out.join("run.json")).unwrap();
+    std::fs::create_dir(out.join("state")).unwrap();
+    let times = serde_json::json!({ "started": began, "seconds": { "2:4": 1000.0 } });
+    std::fs::write(out.join("state/times.json"), times.to_string()).unwrap();
+    run(&resumed(&args)).ok();
+    let record = read(&out.join("run.json"));
+    let seconds =
+        [&record["wall_seconds"], &record["stages"][0]["wall_seconds"]].map(|s| s.as_f64().unwrap());
+    assert!(seconds.iter().all(|s| (1000.0..2000.0).contains(s)), "{seconds:?}");
+    assert!(!out.join("state").exists());
+}
+
 /// Every file under a final name is whole.
 fn assert_nothing_broken(out: &Path) {
     for (name, bytes) in tree(out) {
@@ -210,7 +254,8 @@ fn a_full_disk_while_saving_keeps_what_was_there() {
     let filler = run_full(&args, &out, "saved", "train.safetensors");
     Checkpoint::open_file(out.join("state/train.safetensors")).unwrap();
     let left: Vec<String> = tree(&out).into_keys().collect();
-    assert_eq!(left, ["gpusq.toml", "state/", "state/train.safetensors"], "nothing half-written");
+    let whole = ["gpusq.toml", "state/", "state/times.json", "state/train.safetensors"];
+    assert_eq!(left, whole, "nothing half-written");
     run(&["inspect".into(), out.to_str().unwrap().into(), "--json".into()])
         .fails(1, &["not finished", "--resume"]);
     std::fs::remove_file(&filler).unwrap();
@@ -222,7 +267,7 @@ fn a_full_disk_while_saving_keeps_what_was_there() {
     let args = [&args[..], &["--checkpoint-every".into(), "0".into()]].concat();
     let filler = run_full(&args, &out, "step", "model.safetensors");
     let left: Vec<String> = tree(&out).into_keys().collect();
-    assert_eq!(left, ["curve.json", "gpusq.toml"], "nothing half-written");
+    assert_eq!(left, ["curve.json", "gpusq.toml", "state/", "state/times.json"], "nothing half-written");
     std::fs::remove_file(&filler).unwrap();
     run(&resumed(&args)).ok();
     let weights = |dir: &Path| std::fs::read(dir.join("model.safetensors")).unwrap();

@@ -34,7 +34,8 @@ pub struct RunRecord {
     pub variant: String,
     /// When the run began, RFC 3339.
     pub started: String,
-    /// Duration of the whole run, seconds.
+    /// Duration of the whole run, seconds: of all processes that worked on it, each up to its end or, where it
+    /// was killed, its last checkpoint.
     #[serde(with = "number")]
     pub wall_seconds: f64,
     /// Where it ran.

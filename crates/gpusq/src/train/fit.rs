@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
-use std::time::Instant;
 
 use gpusq_tensor::ops::masked::MaskGradient;
 use gpusq_tensor::{AdamW, Moments, Tape, square_sum};
@@ -92,8 +91,6 @@ pub struct Report {
     pub steps: usize,
     /// The loss curve.
     pub curve: Vec<Point>,
-    /// Seconds of training, over all resumptions.
-    pub seconds: f64,
 }
 
 /// Decay of the running loss.
@@ -249,7 +246,6 @@ pub fn fit(
     let per_epoch = data.examples.len().div_ceil(o.batch_size);
     let stepper = Stepper::new(student, how)?;
     let mut order: (usize, Vec<Vec<usize>>) = (usize::MAX, Vec::new());
-    let mut started = Instant::now();
     while state.progress.step < steps && !state.progress.stopped {
         let step = state.progress.step;
         let epoch = step / per_epoch;
@@ -284,14 +280,12 @@ pub fn fit(
             && p.step.is_multiple_of(*every)
             && p.step < steps
         {
-            p.seconds += started.elapsed().as_secs_f64();
-            started = Instant::now();
             state.save(path, &student.params)?;
             watch(Event::Saved { step: state.progress.step });
         }
     }
     let p = state.progress;
-    Ok(Report { steps: p.step, curve: p.curve, seconds: p.seconds + started.elapsed().as_secs_f64() })
+    Ok(Report { steps: p.step, curve: p.curve })
 }
 
 fn mean(terms: &[Terms]) -> Terms {

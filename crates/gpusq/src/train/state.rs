@@ -41,8 +41,6 @@ pub struct Progress {
     pub stopped: bool,
     /// The loss curve so far.
     pub curve: Vec<Point>,
-    /// Seconds spent training so far.
-    pub seconds: f64,
 }
 
 impl Progress {
