@@ -4,6 +4,7 @@
 //! holds its contract, its backward pass and one implementation for each [`Device`].
 
 mod cpu;
+pub mod cuda;
 mod optim;
 mod pool;
 mod tape;

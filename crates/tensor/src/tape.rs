@@ -65,7 +65,7 @@ impl Grads {
     /// Lets `f` add to the gradient of `var` in place; it starts at zero.
     pub fn add_with(&mut self, var: &Var, f: impl FnOnce(&mut Tensor)) {
         let Some(node) = var.node else { return };
-        f(self.slots[node].get_or_insert_with(|| Tensor::zeros(var.shape())));
+        f(self.slots[node].get_or_insert_with(|| Tensor::zeros_on(var.value.device(), var.shape())));
     }
 
     /// Takes the gradient of `var`; `None` if nothing that was differentiated depends on it.
@@ -156,7 +156,7 @@ impl Tape {
     pub fn backward(self, loss: &Var) -> Grads {
         let mut nodes = self.nodes.into_inner();
         let mut grads = Grads { slots: vec![None; nodes.len()] };
-        grads.add(loss, Tensor::full(loss.shape(), 1.0));
+        grads.add(loss, Tensor::full(loss.shape(), 1.0).to(loss.value.device()));
         for i in (0..nodes.len()).rev() {
             // Leaves have no closure and keep their gradient for `take`.
             let Some(backward) = nodes[i].take() else { continue };

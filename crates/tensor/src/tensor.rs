@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 
+use crate::cuda::{Gpu, Memory};
 use crate::pool::Buffer;
 
 /// Element type of a [`Tensor`].
@@ -41,6 +42,8 @@ impl DType {
 pub enum Device {
     /// Host memory.
     Cpu,
+    /// The memory of an NVIDIA GPU.
+    Cuda(Gpu),
 }
 
 #[derive(Clone)]
@@ -51,6 +54,7 @@ enum Storage {
     I8(Vec<i8>),
     U8(Vec<u8>),
     I32(Vec<i32>),
+    Cuda(DType, Memory),
 }
 
 /// A contiguous row-major array. Clones share storage; writing to a shared tensor copies it first.
@@ -74,15 +78,15 @@ macro_rules! typed {
         pub fn $get(&self) -> &[$t] {
             match &*self.storage {
                 Storage::$variant(v) => v,
-                _ => panic!("expected {} elements, found {:?}", $name, self.dtype()),
+                _ => panic!("expected {} elements in host memory, found {self:?}", $name),
             }
         }
         #[doc = concat!("The elements, to write; shared storage is copied first. Panics if they are not ", $name, ".")]
         pub fn $get_mut(&mut self) -> &mut [$t] {
-            let found = self.dtype();
+            let (found, device) = (self.dtype(), self.device());
             match Arc::make_mut(&mut self.storage) {
                 Storage::$variant(v) => v,
-                _ => panic!("expected {} elements, found {found:?}", $name),
+                _ => panic!("expected {} elements in host memory, found {found:?} on {device:?}", $name),
             }
         }
     };
@@ -108,6 +112,18 @@ impl Tensor {
         Tensor { shape: shape.to_vec(), storage: Arc::new(Storage::F32(Buffer::zeroed(n))) }
     }
 
+    /// An f32 tensor of zeros on `device`.
+    pub fn zeros_on(device: Device, shape: &[usize]) -> Self {
+        match device {
+            Device::Cpu => Self::zeros(shape),
+            Device::Cuda(_) => {
+                let t = Self::stale_on(device, shape);
+                t.memory().zero();
+                t
+            }
+        }
+    }
+
     /// An f32 tensor with every element `value`.
     pub fn full(shape: &[usize], value: f32) -> Self {
         let mut t = Self::stale(shape);
@@ -124,6 +140,64 @@ impl Tensor {
     pub(crate) fn stale(shape: &[usize]) -> Self {
         let n = shape.iter().product();
         Tensor { shape: shape.to_vec(), storage: Arc::new(Storage::F32(Buffer::stale(n))) }
+    }
+
+    /// [`Tensor::stale`] on any device.
+    pub(crate) fn stale_on(device: Device, shape: &[usize]) -> Self {
+        match device {
+            Device::Cpu => Self::stale(shape),
+            Device::Cuda(gpu) => {
+                let memory = gpu.allocate(shape.iter().product::<usize>() * size_of::<f32>());
+                Tensor { shape: shape.to_vec(), storage: Arc::new(Storage::Cuda(DType::F32, memory)) }
+            }
+        }
+    }
+
+    /// The same elements on `device`; shares storage if they are there already.
+    pub fn to(&self, device: Device) -> Self {
+        let storage = match (&*self.storage, device) {
+            (Storage::Cuda(dtype, memory), Device::Cpu) => match dtype {
+                DType::F32 => Storage::F32(memory.download::<f32>().into()),
+                DType::Bf16 => Storage::Bf16(memory.download()),
+                DType::F16 => Storage::F16(memory.download()),
+                DType::I8 => Storage::I8(memory.download()),
+                DType::U8 => Storage::U8(memory.download()),
+                DType::I32 => Storage::I32(memory.download()),
+            },
+            (Storage::Cuda(_, memory), Device::Cuda(gpu)) if memory.gpu() != gpu => {
+                return self.to(Device::Cpu).to(device);
+            }
+            (Storage::Cuda(..), Device::Cuda(_)) | (_, Device::Cpu) => return self.clone(),
+            (_, Device::Cuda(gpu)) => {
+                let memory = match &*self.storage {
+                    Storage::F32(v) => gpu.upload::<f32>(v),
+                    Storage::Bf16(v) => gpu.upload(v),
+                    Storage::F16(v) => gpu.upload(v),
+                    Storage::I8(v) => gpu.upload(v),
+                    Storage::U8(v) => gpu.upload(v),
+                    Storage::I32(v) => gpu.upload(v),
+                    Storage::Cuda(..) => unreachable!("handled above"),
+                };
+                Storage::Cuda(self.dtype(), memory)
+            }
+        };
+        Tensor { shape: self.shape.clone(), storage: Arc::new(storage) }
+    }
+
+    /// The GPU memory of the elements. Panics if they are in host memory.
+    pub(crate) fn memory(&self) -> &Memory {
+        match &*self.storage {
+            Storage::Cuda(_, memory) => memory,
+            _ => panic!("expected elements on a GPU, found {self:?}"),
+        }
+    }
+
+    /// The GPU memory of the elements, to write; shared storage is copied first. Panics as [`Tensor::memory`].
+    pub(crate) fn memory_mut(&mut self) -> &Memory {
+        match Arc::make_mut(&mut self.storage) {
+            Storage::Cuda(_, memory) => memory,
+            _ => panic!("expected elements on a GPU"),
+        }
     }
 
     /// Extent of each dimension.
@@ -160,12 +234,16 @@ impl Tensor {
             Storage::I8(_) => DType::I8,
             Storage::U8(_) => DType::U8,
             Storage::I32(_) => DType::I32,
+            Storage::Cuda(dtype, _) => *dtype,
         }
     }
 
     /// Where the elements are.
     pub fn device(&self) -> Device {
-        Device::Cpu
+        match &*self.storage {
+            Storage::Cuda(_, memory) => Device::Cuda(memory.gpu()),
+            _ => Device::Cpu,
+        }
     }
 
     /// The same elements under another shape. Panics if the number of elements differs.
@@ -174,16 +252,20 @@ impl Tensor {
         Tensor { shape: shape.to_vec(), storage: self.storage.clone() }
     }
 
-    /// The only element of a one-element f32 tensor.
+    /// The only element of a one-element f32 tensor. On a GPU this waits for all work before it.
     pub fn item(&self) -> f32 {
         assert_eq!(self.len(), 1, "item() of a tensor of shape {:?}", self.shape);
-        self.f32()[0]
+        self.to(Device::Cpu).f32()[0]
     }
 
-    /// The elements as f32 (shares storage when they already are). Integers are converted by value.
+    /// The elements as f32 (shares storage when they already are). Integers are converted by value. Like the
+    /// other conversions, for elements in host memory.
     pub fn to_f32(&self) -> Self {
+        if self.dtype() == DType::F32 {
+            return self.clone();
+        }
         let data: Vec<f32> = match &*self.storage {
-            Storage::F32(_) => return self.clone(),
+            Storage::F32(_) | Storage::Cuda(..) => panic!("conversion of {self:?}"),
             Storage::Bf16(v) => v.iter().map(|x| x.to_f32()).collect(),
             Storage::F16(v) => v.iter().map(|x| x.to_f32()).collect(),
             Storage::I8(v) => v.iter().map(|&x| x as f32).collect(),
@@ -219,7 +301,10 @@ impl Tensor {
 
 impl fmt::Debug for Tensor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?}{:?}", self.dtype(), self.shape)
+        match self.device() {
+            Device::Cpu => write!(f, "{:?}{:?}", self.dtype(), self.shape),
+            Device::Cuda(gpu) => write!(f, "{:?}{:?} on {gpu:?}", self.dtype(), self.shape),
+        }
     }
 }
 
@@ -234,6 +319,9 @@ impl PartialEq for Tensor {
                 (Storage::I8(a), Storage::I8(b)) => a == b,
                 (Storage::U8(a), Storage::U8(b)) => a == b,
                 (Storage::I32(a), Storage::I32(b)) => a == b,
+                (Storage::Cuda(..), _) | (_, Storage::Cuda(..)) => {
+                    self.to(Device::Cpu) == other.to(Device::Cpu)
+                }
                 _ => false,
             }
     }

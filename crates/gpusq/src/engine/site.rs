@@ -25,7 +25,8 @@ pub(super) struct Site {
 struct Map {
     product: Product,
     bias: Option<Tensor>,
-    output_scale: Option<f32>,
+    /// f32 `[1]`
+    output_scale: Option<Tensor>,
 }
 
 enum Product {
@@ -69,7 +70,7 @@ impl Map {
             }
             Product::F32(weight) => linear::apply(x, weight, bias),
         };
-        match self.output_scale {
+        match &self.output_scale {
             Some(s) => lsq::dequantised(&y, s),
             None => y,
         }
@@ -158,7 +159,7 @@ impl<'a> Weights<'a> {
             }
         };
         let bias = l.bias.then(|| self.dense(&format!("{}.bias", l.name))).transpose()?;
-        Ok(Map { product, bias, output_scale: self.step(&l.output_scale())? })
+        Ok(Map { product, bias, output_scale: self.step(&l.output_scale())?.map(Tensor::scalar) })
     }
 }
 

@@ -210,11 +210,11 @@ impl<'a> Stepper<'a> {
             }
             let weight = student.params.get_mut(&name).expect("gradients are of weights");
             if let (Some(g), Weight::Fake { scale, .. }) = (scale_grad, &mut *weight) {
-                let m = moments.entry(format!("{name}{SCALE}")).or_insert_with(|| Moments::new(g.shape()));
+                let m = moments.entry(format!("{name}{SCALE}")).or_insert_with(|| Moments::new(&g));
                 of_scales.update_positive(scale, &g, m);
             }
             let is_step = is_step_size(&name);
-            let m = moments.entry(name).or_insert_with(|| Moments::new(grad.shape()));
+            let m = moments.entry(name).or_insert_with(|| Moments::new(&grad));
             match weight {
                 Weight::Dense(t) if is_step => of_scales.update_positive(t, &grad, m),
                 Weight::Dense(t) | Weight::Masked { value: t, .. } | Weight::Fake { value: t, .. } => {

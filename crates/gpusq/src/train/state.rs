@@ -169,8 +169,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("state");
         let (mut state, mut saved) = (State::default(), params());
-        state.moments.insert("b.weight".into(), Moments::new(&[1, 4]));
-        state.moments.insert(format!("b.weight{SCALE}"), Moments::new(&[1]));
+        state.moments.insert("b.weight".into(), Moments::new(&Tensor::zeros(&[1, 4])));
+        state.moments.insert(format!("b.weight{SCALE}"), Moments::new(&Tensor::zeros(&[1])));
         state.save(&path, &saved).unwrap();
         assert_eq!(State::load(&path, &mut params()).unwrap().moments.len(), 2);
         change(&mut state, &mut saved);
@@ -199,8 +199,9 @@ mod tests {
         assert!(error.contains("`value/b.input_scale`"), "{error}");
         let error = refusal(|s, _| s.moments.get_mut("b.weight").unwrap().second.f32_mut()[3] = -1.0);
         assert!(error.contains("`second/b.weight`"), "{error}");
-        let error =
-            refusal(|s, _| drop(s.moments.insert(format!("b.input_scale{SCALE}"), Moments::new(&[1]))));
+        let error = refusal(|s, _| {
+            drop(s.moments.insert(format!("b.input_scale{SCALE}"), Moments::new(&Tensor::zeros(&[1]))))
+        });
         assert!(error.contains("is of no weight of the model"), "{error}");
     }
     #[test]

@@ -1,11 +1,18 @@
 //! The one test body of every operation: forward against a naive f64 reference, backward against
 //! central differences of that reference.
 
+use crate::cuda::Gpu;
 use crate::{Device, Tape, Tensor, Var};
 
-/// Every device the tests can run on.
+/// Every device the tests can run on: the CPU, and a GPU where the machine has one. `GPUSQ_NEED_GPU=1` makes its
+/// absence a failure, so that a run that is meant to test a GPU cannot pass without.
 pub(crate) fn devices() -> Vec<Device> {
-    vec![Device::Cpu]
+    let mut devices = vec![Device::Cpu];
+    match Gpu::open(0) {
+        Ok(gpu) => devices.push(Device::Cuda(gpu)),
+        Err(e) => assert!(std::env::var_os("GPUSQ_NEED_GPU").is_none(), "GPUSQ_NEED_GPU is set: {e}"),
+    }
+    devices
 }
 
 /// A repeatable tensor with elements in about -1.5..1.5, none of them near zero differences from ties.
@@ -21,18 +28,18 @@ pub(crate) fn check(
     op: impl Fn(&Tape, &[Var]) -> Var,
     reference: impl Fn(&[Vec<f64>]) -> Vec<f64>,
 ) {
-    for _device in devices() {
+    for device in devices() {
         let tape = Tape::recording();
-        let vars: Vec<Var> = inputs.iter().map(|t| tape.leaf(t.clone())).collect();
+        let vars: Vec<Var> = inputs.iter().map(|t| tape.leaf(t.to(device))).collect();
         let out = op(&tape, &vars);
         let wide: Vec<Vec<f64>> =
             inputs.iter().map(|t| t.f32().iter().map(|&x| x as f64).collect()).collect();
         let want = reference(&wide);
         assert_eq!(out.value().len(), want.len(), "output length");
-        close("output", out.value().f32(), &want, 2e-6);
+        close(&format!("output on {device:?}"), out.value().to(Device::Cpu).f32(), &want, 2e-6);
         // An inference tape computes the same and keeps nothing.
         let quiet = Tape::inference();
-        let again: Vec<Var> = inputs.iter().map(|t| quiet.leaf(t.clone())).collect();
+        let again: Vec<Var> = inputs.iter().map(|t| quiet.leaf(t.to(device))).collect();
         let again = op(&quiet, &again);
         assert!(again.value() == out.value() && !again.tracked());
         // Random weights on the outputs make one scalar of them.
@@ -54,7 +61,10 @@ pub(crate) fn check(
                     (up - scalar(&x)) / (2.0 * h)
                 })
                 .collect();
-            close(&format!("gradient of input {k}"), got.f32(), &want, 1e-5);
+            close(&format!("gradient of input {k} on {device:?}"), got.to(Device::Cpu).f32(), &want, 1e-5);
+        }
+        if let Device::Cuda(gpu) = device {
+            gpu.check().unwrap();
         }
     }
 }

@@ -1,5 +1,5 @@
 //! The fused operations, one folder each: `mod.rs` has the contract, the backward pass and the tests,
-//! `cpu.rs` the CPU implementation (the reference).
+//! `cpu.rs` the CPU implementation (the reference), `kernel.cu` the CUDA kernels and `cuda.rs` their launches.
 //!
 //! Shapes: a *row* is the last dimension; all leading dimensions are flattened. Operations whose
 //! arguments disagree in shape panic: [`crate::Tensor`] explains why.
@@ -22,6 +22,30 @@ pub mod rms_norm;
 pub mod rotary;
 pub mod select;
 pub mod weighted_sum;
+
+/// The kernels of every operation that has some.
+#[cfg(test)]
+pub(crate) const SOURCES: &[&crate::cuda::Source] = &[
+    &activation::SOURCE,
+    &add::SOURCE,
+    &attention::SOURCE,
+    &crate::cuda::reduce::SOURCE,
+    &crate::optim::SOURCE,
+    &cross_entropy::SOURCE,
+    &dropout::SOURCE,
+    &embedding::SOURCE,
+    &gated::SOURCE,
+    &kl_divergence::SOURCE,
+    &layer_norm::SOURCE,
+    &linear::SOURCE,
+    &lsq::SOURCE,
+    &masked::SOURCE,
+    &mse::SOURCE,
+    &rms_norm::SOURCE,
+    &rotary::SOURCE,
+    &select::SOURCE,
+    &weighted_sum::SOURCE,
+];
 
 #[cfg(test)]
 pub(crate) mod check;

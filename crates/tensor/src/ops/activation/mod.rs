@@ -1,6 +1,10 @@
 //! Element-wise activation functions.
 
 mod cpu;
+mod cuda;
+
+#[cfg(test)]
+pub(crate) use cuda::SOURCE;
 
 use crate::{Device, Tape, Tensor, Var};
 
@@ -23,13 +27,20 @@ pub enum Activation {
 pub fn activation(tape: &Tape, x: &Var, function: Activation) -> Var {
     let y = apply(x.value(), function);
     let x2 = x.clone();
-    tape.push(y, &[x], move |grad, grads| grads.add(&x2, cpu::backward(grad, x2.value(), function)))
+    tape.push(y, &[x], move |grad, grads| {
+        let dx = match grad.device() {
+            Device::Cpu => cpu::backward(grad, x2.value(), function),
+            Device::Cuda(gpu) => cuda::backward(gpu, grad, x2.value(), function),
+        };
+        grads.add(&x2, dx);
+    })
 }
 
 /// `function(x)` without a tape.
 pub fn apply(x: &Tensor, function: Activation) -> Tensor {
     match x.device() {
         Device::Cpu => cpu::forward(x, function),
+        Device::Cuda(gpu) => cuda::forward(gpu, x, function),
     }
 }
 

@@ -1,6 +1,10 @@
 //! Element-wise sum of two tensors of one shape (the residual connection).
 
 mod cpu;
+mod cuda;
+
+#[cfg(test)]
+pub(crate) use cuda::SOURCE;
 
 use crate::{Device, Tape, Tensor, Var};
 
@@ -19,6 +23,7 @@ pub fn apply(a: &Tensor, b: &Tensor) -> Tensor {
     assert_eq!(a.shape(), b.shape(), "add");
     match a.device() {
         Device::Cpu => cpu::add(a, b),
+        Device::Cuda(gpu) => cuda::add(gpu, a, b),
     }
 }
 
@@ -26,6 +31,7 @@ pub fn apply(a: &Tensor, b: &Tensor) -> Tensor {
 pub(crate) fn accumulate(sum: &mut Tensor, x: &Tensor) {
     match x.device() {
         Device::Cpu => cpu::accumulate(sum, x),
+        Device::Cuda(gpu) => cuda::accumulate(gpu, sum, x),
     }
 }
 

@@ -1,6 +1,6 @@
 use rayon::prelude::*;
 
-use super::IGNORE;
+use super::{IGNORE, counted};
 use crate::Tensor;
 use crate::cpu::{exp, par_rows, simd};
 use crate::ops::layer_norm::lane_sum;
@@ -11,10 +11,6 @@ pub(crate) fn log_sum_exp(row: &[f32], factor: f32) -> (f32, f32) {
         let max = row.iter().fold(f32::NEG_INFINITY, |m, &x| m.max(x)) * factor;
         (max, lane_sum(row, |x| exp(x * factor - max)).ln())
     })
-}
-
-fn counted(labels: &[i32]) -> usize {
-    labels.iter().filter(|&&l| l != IGNORE).count()
 }
 
 pub(super) fn forward(logits: &Tensor, labels: &[i32]) -> f32 {

@@ -1,8 +1,12 @@
 //! Cross-entropy with class labels: the hard loss (paper, algorithm 1, L_CSE).
 
 mod cpu;
+mod cuda;
 
 pub(crate) use cpu::log_sum_exp;
+#[cfg(test)]
+pub(crate) use cuda::SOURCE;
+pub(crate) use cuda::mean;
 
 use crate::{Device, Tape, Tensor, Var};
 
@@ -19,52 +23,71 @@ pub fn cross_entropy(tape: &Tape, logits: &Var, labels: &[i32]) -> Var {
         "label outside 0..{classes}"
     );
     let loss = match logits.value().device() {
-        Device::Cpu => cpu::forward(logits.value(), labels),
+        Device::Cpu => Tensor::scalar(cpu::forward(logits.value(), labels)),
+        Device::Cuda(gpu) => cuda::forward(gpu, logits.value(), labels),
     };
     let (x, labels) = (logits.clone(), labels.to_vec());
-    tape.push(Tensor::scalar(loss), &[logits], move |grad, grads| {
-        grads.add(&x, cpu::backward(grad.item(), x.value(), &labels));
+    tape.push(loss, &[logits], move |grad, grads| {
+        let dx = match grad.device() {
+            Device::Cpu => cpu::backward(grad.item(), x.value(), &labels),
+            Device::Cuda(gpu) => cuda::backward(gpu, grad, x.value(), &labels),
+        };
+        grads.add(&x, dx);
     })
+}
+
+fn counted(labels: &[i32]) -> usize {
+    labels.iter().filter(|&&l| l != IGNORE).count()
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::check::{check, noise};
+    use super::super::check::{check, devices, noise};
     use super::*;
 
     #[test]
     fn matches_reference() {
-        let labels = [2, IGNORE, 0, 1];
-        check(
-            &[noise(&[4, 3], 1)],
-            |t, v| cross_entropy(t, &v[0], &labels),
-            |x| {
-                let mut sum = 0.0;
-                for (row, &l) in x[0].chunks(3).zip(&labels) {
-                    if l != IGNORE {
-                        sum += row.iter().map(|v| v.exp()).sum::<f64>().ln() - row[l as usize];
+        // Few classes; more classes than a block has threads; more rows than a block has threads.
+        for (rows, classes) in [(4, 3), (3, 300), (290, 2)] {
+            let labels: Vec<i32> =
+                (0..rows).map(|r| if r % 4 == 1 { IGNORE } else { (r * 7 + 2) % classes }).collect();
+            check(
+                &[noise(&[rows as usize, classes as usize], 1)],
+                |t, v| cross_entropy(t, &v[0], &labels),
+                |x| {
+                    let mut sum = 0.0;
+                    for (row, &l) in x[0].chunks(classes as usize).zip(&labels) {
+                        if l != IGNORE {
+                            sum += row.iter().map(|v| v.exp()).sum::<f64>().ln() - row[l as usize];
+                        }
                     }
-                }
-                vec![sum / 3.0]
-            },
-        );
+                    vec![sum / counted(&labels) as f64]
+                },
+            );
+        }
     }
 
     #[test]
     fn no_counted_row_is_zero_loss_and_zero_gradient() {
-        let tape = Tape::recording();
-        let x = tape.leaf(noise(&[2, 3], 1));
-        let loss = cross_entropy(&tape, &x, &[IGNORE, IGNORE]);
-        assert_eq!(loss.value().item(), 0.0);
-        assert!(tape.backward(&loss).take(&x).unwrap().f32().iter().all(|&g| g == 0.0));
+        for device in devices() {
+            let tape = Tape::recording();
+            let x = tape.leaf(noise(&[2, 3], 1).to(device));
+            let loss = cross_entropy(&tape, &x, &[IGNORE, IGNORE]);
+            assert_eq!(loss.value().item(), 0.0);
+            let dx = tape.backward(&loss).take(&x).unwrap().to(Device::Cpu);
+            assert!(dx.f32().iter().all(|&g| g == 0.0));
+        }
     }
 
     #[test]
     fn huge_logits_stay_finite() {
-        let tape = Tape::recording();
-        let x = tape.leaf(Tensor::from_f32(vec![1e30, -1e30], &[1, 2]));
-        let loss = cross_entropy(&tape, &x, &[0]);
-        assert_eq!(loss.value().item(), 0.0);
-        assert!(tape.backward(&loss).take(&x).unwrap().f32().iter().all(|g| g.is_finite()));
+        for device in devices() {
+            let tape = Tape::recording();
+            let x = tape.leaf(Tensor::from_f32(vec![1e30, -1e30], &[1, 2]).to(device));
+            let loss = cross_entropy(&tape, &x, &[0]);
+            assert_eq!(loss.value().item(), 0.0);
+            let dx = tape.backward(&loss).take(&x).unwrap().to(Device::Cpu);
+            assert!(dx.f32().iter().all(|g| g.is_finite()));
+        }
     }
 }

@@ -2,6 +2,10 @@
 //! element's index, so that it is never stored and a resumed run repeats it.
 
 mod cpu;
+mod cuda;
+
+#[cfg(test)]
+pub(crate) use cuda::SOURCE;
 
 use crate::{Device, Tape, Tensor, Var};
 
@@ -39,6 +43,7 @@ pub fn dropout(tape: &Tape, x: &Var, probability: f32) -> Var {
     let Some(drop) = Drop::next(tape, probability) else { return x.clone() };
     let apply = move |x: &Tensor| match x.device() {
         Device::Cpu => cpu::apply(x, drop),
+        Device::Cuda(gpu) => cuda::apply(gpu, x, drop),
     };
     let y = apply(x.value());
     let x2 = x.clone();

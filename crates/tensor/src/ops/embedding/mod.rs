@@ -1,6 +1,10 @@
 //! Sums of table rows: word, position and token-type embeddings in one pass.
 
 mod cpu;
+mod cuda;
+
+#[cfg(test)]
+pub(crate) use cuda::SOURCE;
 
 use crate::{Device, Tape, Tensor, Var};
 
@@ -34,6 +38,7 @@ pub fn apply(lookups: &[Rows]) -> Tensor {
     }
     match lookups[0].table.device() {
         Device::Cpu => cpu::forward(lookups, tokens, width),
+        Device::Cuda(gpu) => cuda::forward(gpu, lookups, tokens, width),
     }
 }
 
@@ -47,10 +52,18 @@ pub fn embedding(tape: &Tape, lookups: &[Lookup]) -> Var {
     tape.push(out, &inputs, move |grad, grads| {
         for l in &kept {
             if grads.wants(&l.table) {
-                grads.add_with(&l.table, |sum: &mut Tensor| cpu::scatter(grad, &l.ids, l.factor, sum));
+                grads.add_with(&l.table, |sum: &mut Tensor| scatter(grad, &l.ids, l.factor, sum));
             }
         }
     })
+}
+
+/// `sum[ids[t]] += factor * grad[t]`, the same on every run.
+pub(crate) fn scatter(grad: &Tensor, ids: &[u32], factor: f32, sum: &mut Tensor) {
+    match grad.device() {
+        Device::Cpu => cpu::scatter(grad, ids, factor, sum),
+        Device::Cuda(gpu) => cuda::scatter(gpu, grad, ids, factor, sum),
+    }
 }
 
 #[cfg(test)]
@@ -77,6 +90,16 @@ mod tests {
                     .map(|i| 2.0 * x[0][a[i / 5] as usize * 5 + i % 5] + x[1][b[i / 5] as usize * 5 + i % 5])
                     .collect()
             },
+        );
+    }
+
+    #[test]
+    fn a_row_that_most_tokens_take_gets_all_their_gradients() {
+        let ids: Vec<u32> = (0..45).map(|t| if t % 9 == 4 { 2 } else { 0 }).collect();
+        check(
+            &[noise(&[3, 40], 1)],
+            |t, v| embedding(t, &[Lookup { table: v[0].clone(), ids: ids.clone(), factor: 0.5 }]),
+            |x| ids.iter().flat_map(|&id| x[0][id as usize * 40..][..40].iter().map(|e| 0.5 * e)).collect(),
         );
     }
 }

@@ -1,6 +1,10 @@
 //! The gated feed-forward product `silu(gate) * up` (SwiGLU, Shazeer 2020, arXiv 2002.05202).
 
 mod cpu;
+mod cuda;
+
+#[cfg(test)]
+pub(crate) use cuda::SOURCE;
 
 use crate::{Device, Tape, Tensor, Var};
 
@@ -9,7 +13,10 @@ pub fn gated_silu(tape: &Tape, gate: &Var, up: &Var) -> Var {
     let y = apply(gate.value(), up.value());
     let (g2, u2) = (gate.clone(), up.clone());
     tape.push(y, &[gate, up], move |grad, grads| {
-        let (dgate, dup) = cpu::backward(grad, g2.value(), u2.value());
+        let (dgate, dup) = match grad.device() {
+            Device::Cpu => cpu::backward(grad, g2.value(), u2.value()),
+            Device::Cuda(gpu) => cuda::backward(gpu, grad, g2.value(), u2.value()),
+        };
         grads.add(&g2, dgate);
         grads.add(&u2, dup);
     })
@@ -20,6 +27,7 @@ pub fn apply(gate: &Tensor, up: &Tensor) -> Tensor {
     assert_eq!(gate.shape(), up.shape(), "gated_silu");
     match gate.device() {
         Device::Cpu => cpu::forward(gate, up),
+        Device::Cuda(gpu) => cuda::forward(gpu, gate, up),
     }
 }
 

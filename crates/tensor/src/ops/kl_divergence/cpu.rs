@@ -1,12 +1,9 @@
 use rayon::prelude::*;
 
+use super::rows_counted;
 use crate::Tensor;
 use crate::cpu::{exp, par_rows, simd};
 use crate::ops::cross_entropy::log_sum_exp;
-
-fn rows_counted(counts: Option<&[bool]>, rows: usize) -> f32 {
-    counts.map_or(rows, |c| c.iter().filter(|&&c| c).count()).max(1) as f32
-}
 
 pub(super) fn forward(student: &Tensor, teacher: &Tensor, t: f32, counts: Option<&[bool]>) -> f32 {
     let width = teacher.width();

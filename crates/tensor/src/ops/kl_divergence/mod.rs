@@ -1,6 +1,10 @@
 //! Kullback-Leibler divergence from teacher to student logits: the soft loss (paper, algorithm 1, L_KLD).
 
 mod cpu;
+mod cuda;
+
+#[cfg(test)]
+pub(crate) use cuda::SOURCE;
 
 use crate::{Device, Tape, Tensor, Var};
 
@@ -14,31 +18,41 @@ pub fn kl_divergence(tape: &Tape, student: &Var, teacher: &Tensor, t: f32, count
         assert_eq!(c.len(), teacher.rows(), "kl_divergence: one flag per row");
     }
     let loss = match teacher.device() {
-        Device::Cpu => cpu::forward(student.value(), teacher, t, counts),
+        Device::Cpu => Tensor::scalar(cpu::forward(student.value(), teacher, t, counts)),
+        Device::Cuda(gpu) => cuda::forward(gpu, student.value(), teacher, t, counts),
     };
     let (s, teacher, counts) = (student.clone(), teacher.clone(), counts.map(<[bool]>::to_vec));
-    tape.push(Tensor::scalar(loss), &[student], move |grad, grads| {
-        grads.add(&s, cpu::backward(grad.item(), s.value(), &teacher, t, counts.as_deref()));
+    tape.push(loss, &[student], move |grad, grads| {
+        let dx = match grad.device() {
+            Device::Cpu => cpu::backward(grad.item(), s.value(), &teacher, t, counts.as_deref()),
+            Device::Cuda(gpu) => cuda::backward(gpu, grad, s.value(), &teacher, t, counts.as_deref()),
+        };
+        grads.add(&s, dx);
     })
+}
+
+fn rows_counted(counts: Option<&[bool]>, rows: usize) -> f32 {
+    counts.map_or(rows, |c| c.iter().filter(|&&c| c).count()).max(1) as f32
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::check::{check, noise};
+    use super::super::check::{check, devices, noise};
     use super::*;
 
     #[test]
     fn matches_reference() {
-        let teacher = noise(&[3, 4], 2);
         let counts = [true, false, true];
         let log_softmax = |row: &[f64], t: f64| -> Vec<f64> {
             let z = row.iter().map(|v| (v / t).exp()).sum::<f64>().ln();
             row.iter().map(|v| v / t - z).collect()
         };
-        for (counts, n) in [(None, 3.0), (Some(&counts[..]), 2.0)] {
+        // The last has more classes than a block has threads.
+        for (counts, n, w) in [(None, 3.0, 4), (Some(&counts[..]), 2.0, 4), (Some(&counts[..]), 2.0, 300)] {
+            let teacher = noise(&[3, w], 2);
             check(
-                &[noise(&[3, 4], 1)],
-                |t, v| kl_divergence(t, &v[0], &teacher, 2.0, counts),
+                &[noise(&[3, w], 1)],
+                |t, v| kl_divergence(t, &v[0], &teacher.to(v[0].value().device()), 2.0, counts),
                 |x| {
                     let mut sum = 0.0;
                     for r in 0..3 {
@@ -46,8 +60,8 @@ mod tests {
                             continue;
                         }
                         let wide: Vec<f64> =
-                            teacher.f32()[r * 4..r * 4 + 4].iter().map(|&v| v as f64).collect();
-                        let (p, q) = (log_softmax(&wide, 2.0), log_softmax(&x[0][r * 4..r * 4 + 4], 2.0));
+                            teacher.f32()[r * w..r * w + w].iter().map(|&v| v as f64).collect();
+                        let (p, q) = (log_softmax(&wide, 2.0), log_softmax(&x[0][r * w..r * w + w], 2.0));
                         sum += p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>();
                     }
                     vec![sum / n]
@@ -58,11 +72,14 @@ mod tests {
 
     #[test]
     fn equal_logits_have_no_divergence() {
-        let tape = Tape::recording();
-        let t = noise(&[5, 7], 1);
-        let s = tape.leaf(t.clone());
-        let loss = kl_divergence(&tape, &s, &t, 3.0, None);
-        assert!(loss.value().item().abs() < 1e-7);
-        assert!(tape.backward(&loss).take(&s).unwrap().f32().iter().all(|g| g.abs() < 1e-7));
+        for device in devices() {
+            let tape = Tape::recording();
+            let t = noise(&[5, 7], 1).to(device);
+            let s = tape.leaf(t.clone());
+            let loss = kl_divergence(&tape, &s, &t, 3.0, None);
+            assert!(loss.value().item().abs() < 1e-7);
+            let ds = tape.backward(&loss).take(&s).unwrap().to(Device::Cpu);
+            assert!(ds.f32().iter().all(|g| g.abs() < 1e-7));
+        }
     }
 }

@@ -1,13 +1,8 @@
 use rayon::prelude::*;
 
+use super::Saved;
 use crate::Tensor;
 use crate::cpu::{fold_rows, simd};
-
-/// What backward needs: the normalised rows, and `1 / sqrt(var + eps)` of each.
-pub(super) struct Saved {
-    normal: Tensor,
-    rstd: Vec<f32>,
-}
 
 /// Sum in sixteen lanes: vectorises, and is more accurate than one running sum.
 #[inline(always)]
@@ -79,7 +74,7 @@ pub(super) fn forward(
             })
         }),
     }
-    (y, normal.map(|normal| Saved { normal, rstd }))
+    (y, normal.map(|normal| Saved { normal, rstd: Tensor::from_f32(rstd, &[rows]) }))
 }
 
 pub(super) fn backward(grad: &Tensor, saved: &Saved, gain: &Tensor) -> (Tensor, Tensor, Tensor) {
@@ -103,7 +98,7 @@ pub(super) fn backward(grad: &Tensor, saved: &Saved, gain: &Tensor) -> (Tensor, 
                     }
                 }
                 let along = lanes.iter().sum::<f32>() / width as f32;
-                let rstd = saved.rstd[r];
+                let rstd = saved.rstd.f32()[r];
                 for (d, n) in dx.iter_mut().zip(n) {
                     *d = rstd * (*d - mean - n * along);
                 }

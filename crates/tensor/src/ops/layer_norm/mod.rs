@@ -1,10 +1,21 @@
 //! Layer normalisation over rows (Ba et al. 2016, arXiv 1607.06450), with the residual sum before it fused in.
 
 mod cpu;
+mod cuda;
 
 pub(crate) use cpu::lane_sum;
+#[cfg(test)]
+pub(crate) use cuda::SOURCE;
 
 use crate::{Device, Tape, Tensor, Var};
+
+/// What backward needs.
+struct Saved {
+    /// The normalised rows, before gain and bias.
+    normal: Tensor,
+    /// 1 / standard deviation of each row, `[rows]`.
+    rstd: Tensor,
+}
 
 /// `(x + residual - mean) / sqrt(var + eps) * gain + bias`, mean and (biased) variance over each row.
 /// `gain` and `bias` are `[width]`.
@@ -14,7 +25,11 @@ pub fn layer_norm(tape: &Tape, x: &Var, residual: Option<&Var>, gain: &Var, bias
     let (y, saved) = compute(x.value(), residual.map(Var::value), gain.value(), bias.value(), eps, keep);
     let (x2, r2, g2, b2) = (x.clone(), residual.cloned(), gain.clone(), bias.clone());
     tape.push(y, &inputs, move |grad, grads| {
-        let (dx, dgain, dbias) = cpu::backward(grad, &saved.expect("kept when tracked"), g2.value());
+        let saved = saved.expect("kept when tracked");
+        let (dx, dgain, dbias) = match grad.device() {
+            Device::Cpu => cpu::backward(grad, &saved, g2.value()),
+            Device::Cuda(gpu) => cuda::backward(gpu, grad, &saved, g2.value()),
+        };
         grads.add(&g2, dgain);
         grads.add(&b2, dbias);
         if let Some(r) = &r2 {
@@ -36,10 +51,11 @@ fn compute(
     bias: &Tensor,
     eps: f32,
     keep: bool,
-) -> (Tensor, Option<cpu::Saved>) {
+) -> (Tensor, Option<Saved>) {
     assert_eq!(x.width(), gain.len(), "layer_norm: {:?}, {:?}", x.shape(), gain.shape());
     match x.device() {
         Device::Cpu => cpu::forward(x, residual, gain, bias, eps, keep),
+        Device::Cuda(gpu) => cuda::forward(gpu, x, residual, gain, bias, eps, keep),
     }
 }
 

@@ -3,9 +3,9 @@ use crate::cpu::{Mat, Threads, column_sums, gemm, par_rows, simd};
 use crate::ops::lsq::QMAX;
 
 /// Integers up to this magnitude are exact in f32, and so are sums that never leave it.
-const EXACT: f32 = 16_777_216.0;
+pub(super) const EXACT: f32 = 16_777_216.0;
 
-fn output_shape(x: &Tensor, out: usize) -> Vec<usize> {
+pub(super) fn output_shape(x: &Tensor, out: usize) -> Vec<usize> {
     let mut shape = x.shape().to_vec();
     *shape.last_mut().expect("linear input has a last dimension") = out;
     shape

@@ -1,9 +1,14 @@
 //! `y = x W^T + b`, for f32 operands and for quantised ones.
 
 mod cpu;
+mod cuda;
 
 use super::lsq::Quantized;
+use crate::cuda::reduce::column_sums;
 use crate::{Device, Tape, Tensor, Var};
+
+#[cfg(test)]
+pub(crate) use cuda::SOURCE;
 
 /// `x` `[.., in]` times `weight` `[out, in]` transposed, plus `bias` `[out]`: `[.., out]`.
 pub fn linear(tape: &Tape, x: &Var, weight: &Var, bias: Option<&Var>) -> Var {
@@ -14,13 +19,13 @@ pub fn linear(tape: &Tape, x: &Var, weight: &Var, bias: Option<&Var>) -> Var {
     tape.push(y, &inputs, move |grad, grads| {
         let grad = grad.reshape(&[grad.len() / out, out]);
         if grads.wants(&x2) {
-            grads.add(&x2, cpu::input_gradient(&grad, w2.value(), x2.shape()));
+            grads.add(&x2, input_gradient(&grad, w2.value(), x2.shape()));
         }
         if grads.wants(&w2) {
-            grads.add_with(&w2, |sum| cpu::weight_gradient(&grad, x2.value(), 1.0, sum));
+            grads.add_with(&w2, |sum| weight_gradient(&grad, x2.value(), None, sum));
         }
         if let Some(b) = b2.filter(|b| grads.wants(b)) {
-            grads.add(&b, cpu::bias_gradient(&grad));
+            grads.add(&b, bias_gradient(&grad));
         }
     })
 }
@@ -30,6 +35,7 @@ pub fn apply(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
     assert_eq!(x.width(), weight.shape()[1], "linear: input {:?}, weight {:?}", x.shape(), weight.shape());
     match x.device() {
         Device::Cpu => cpu::forward(x, weight, bias),
+        Device::Cuda(gpu) => cuda::forward(gpu, x, weight, bias),
     }
 }
 
@@ -43,30 +49,58 @@ pub fn quantized_linear(tape: &Tape, x: &Quantized, weight: &Quantized, bias: Op
     let (cx, cw) = (&x.codes, &weight.codes);
     let out = cw.shape()[0];
     assert_eq!(cx.value().width(), cw.shape()[1], "quantized_linear: {:?}, {:?}", cx.shape(), cw.shape());
-    let (sx, sw) = (x.scale.item(), weight.scale.clone());
+    let (sx, sw) = (x.scale.clone(), weight.scale.clone());
+    let b = bias.map(Var::value);
     let y = match cx.value().device() {
-        Device::Cpu => cpu::forward_codes(cx.value(), cw.value(), sx, &sw, bias.map(Var::value)),
+        Device::Cpu => cpu::forward_codes(cx.value(), cw.value(), sx.item(), &sw, b),
+        Device::Cuda(gpu) => cuda::forward_codes(gpu, cx.value(), cw.value(), &sx, &sw, b),
     };
     let inputs: Vec<&Var> = [cx, cw].into_iter().chain(bias).collect();
     let (cx2, cw2, b2) = (cx.clone(), cw.clone(), bias.cloned());
     tape.push(y, &inputs, move |grad, grads| {
         let grad = grad.reshape(&[grad.len() / out, out]);
         if grads.wants(&cx2) {
-            let scaled = cpu::scale_columns(&grad, &sw);
-            grads.add(&cx2, cpu::input_gradient(&scaled, cw2.value(), cx2.shape()));
+            let scaled = match grad.device() {
+                Device::Cpu => cpu::scale_columns(&grad, &sw),
+                Device::Cuda(gpu) => cuda::scale_columns(gpu, &grad, &sw),
+            };
+            grads.add(&cx2, input_gradient(&scaled, cw2.value(), cx2.shape()));
         }
         if grads.wants(&cw2) {
-            grads.add_with(&cw2, |sum| cpu::weight_gradient(&grad, cx2.value(), sx, sum));
+            grads.add_with(&cw2, |sum| weight_gradient(&grad, cx2.value(), Some(&sx), sum));
         }
         if let Some(b) = b2.filter(|b| grads.wants(b)) {
-            grads.add(&b, cpu::bias_gradient(&grad));
+            grads.add(&b, bias_gradient(&grad));
         }
     })
 }
 
+/// `grad w`, in the shape of the input.
+fn input_gradient(grad: &Tensor, w: &Tensor, shape: &[usize]) -> Tensor {
+    match grad.device() {
+        Device::Cpu => cpu::input_gradient(grad, w, shape),
+        Device::Cuda(gpu) => cuda::input_gradient(gpu, grad, w, shape),
+    }
+}
+
+/// `sum += factor * grad^T x`; a `factor` `[1]` that is not given is 1.
+fn weight_gradient(grad: &Tensor, x: &Tensor, factor: Option<&Tensor>, sum: &mut Tensor) {
+    match grad.device() {
+        Device::Cpu => cpu::weight_gradient(grad, x, factor.map_or(1.0, Tensor::item), sum),
+        Device::Cuda(gpu) => cuda::weight_gradient(gpu, grad, x, factor, sum),
+    }
+}
+
+fn bias_gradient(grad: &Tensor) -> Tensor {
+    match grad.device() {
+        Device::Cpu => cpu::bias_gradient(grad),
+        Device::Cuda(gpu) => column_sums(gpu, grad, None),
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::super::check::{check, close, noise};
+    use super::super::check::{check, close, devices, noise};
     use super::super::int8_linear::{self, Int8Weight};
     use super::super::lsq;
     use super::*;
@@ -102,53 +136,57 @@ mod tests {
             &[1, width],
         );
         let w = Tensor::full(&[2, width], 127.0);
-        let tape = Tape::inference();
-        let one = Tensor::full(&[2], 1.0);
-        let y = quantized_linear(
-            &tape,
-            &Quantized { codes: tape.constant(x.clone()), scale: Tensor::scalar(1.0) },
-            &Quantized { codes: tape.constant(w), scale: one },
-            None,
-        );
         let exact: i64 = x.f32().iter().map(|&v| v as i64 * 127).sum();
         assert!(exact > 1 << 24);
-        assert_eq!(y.value().f32(), [exact as i32 as f32; 2]);
+        for device in devices() {
+            let tape = Tape::inference();
+            let one = |n| Tensor::full(&[n], 1.0).to(device);
+            let y = quantized_linear(
+                &tape,
+                &Quantized { codes: tape.constant(x.to(device)), scale: one(1) },
+                &Quantized { codes: tape.constant(w.to(device)), scale: one(2) },
+                None,
+            );
+            assert_eq!(y.value().to(Device::Cpu).f32(), [exact as i32 as f32; 2]);
+        }
     }
 
     #[test]
     fn quantized_gradients_are_those_of_the_dequantised_operands() {
-        let (x, w) = (noise(&[5, 8], 1), noise(&[3, 8], 2));
-        let (sx, sw) = (Tensor::scalar(0.02), Tensor::from_f32(vec![0.02, 0.03, 0.05], &[3]));
-        let mask = Tensor::from_u8(vec![1; 24], &[3, 8]);
-        let tape = Tape::recording();
-        let (xv, wv) = (tape.leaf(x), tape.leaf(w));
-        let (sxv, swv) = (tape.leaf(sx), tape.leaf(sw));
-        let qx = lsq::quantize_activation(&tape, &xv, &sxv);
-        let qw = lsq::quantize_weight(&tape, &wv, &mask, &swv);
-        let y = quantized_linear(&tape, &qx, &qw, None);
-        let dequantised = |c: &Tensor, s: &dyn Fn(usize) -> f32| -> Vec<f64> {
-            c.f32().iter().enumerate().map(|(i, &c)| (c * s(i)) as f64).collect()
-        };
-        let dx = dequantised(qx.codes.value(), &|_| 0.02);
-        let dw = dequantised(qw.codes.value(), &|i| [0.02, 0.03, 0.05][i / 8]);
-        close("output", y.value().f32(), &reference(&[dx.clone(), dw.clone()], 8), 1e-5);
-        let weights = noise(&[5, 3], 4);
-        let loss = super::super::weighted_sum::dot(&tape, &y, &weights);
-        let mut grads = tape.backward(&loss);
-        // Nothing is clipped here, so the straight-through gradient is the linear map's own.
-        let mut gx = vec![0.0; 40];
-        let mut gw = vec![0.0; 24];
-        for t in 0..5 {
-            for o in 0..3 {
-                for i in 0..8 {
-                    gx[t * 8 + i] += weights.f32()[t * 3 + o] as f64 * dw[o * 8 + i];
-                    gw[o * 8 + i] += weights.f32()[t * 3 + o] as f64 * dx[t * 8 + i];
+        for device in devices() {
+            let (x, w) = (noise(&[5, 8], 1), noise(&[3, 8], 2));
+            let (sx, sw) = (Tensor::scalar(0.02), Tensor::from_f32(vec![0.02, 0.03, 0.05], &[3]));
+            let mask = Tensor::from_u8(vec![1; 24], &[3, 8]).to(device);
+            let tape = Tape::recording();
+            let (xv, wv) = (tape.leaf(x.to(device)), tape.leaf(w.to(device)));
+            let (sxv, swv) = (tape.leaf(sx.to(device)), tape.leaf(sw.to(device)));
+            let qx = lsq::quantize_activation(&tape, &xv, &sxv);
+            let qw = lsq::quantize_weight(&tape, &wv, &mask, &swv);
+            let y = quantized_linear(&tape, &qx, &qw, None);
+            let dequantised = |c: &Tensor, s: &dyn Fn(usize) -> f32| -> Vec<f64> {
+                c.to(Device::Cpu).f32().iter().enumerate().map(|(i, &c)| (c * s(i)) as f64).collect()
+            };
+            let dx = dequantised(qx.codes.value(), &|_| 0.02);
+            let dw = dequantised(qw.codes.value(), &|i| [0.02, 0.03, 0.05][i / 8]);
+            close("output", y.value().to(Device::Cpu).f32(), &reference(&[dx.clone(), dw.clone()], 8), 1e-5);
+            let weights = noise(&[5, 3], 4);
+            let loss = super::super::weighted_sum::dot(&tape, &y, &weights);
+            let mut grads = tape.backward(&loss);
+            // Nothing is clipped here, so the straight-through gradient is the linear map's own.
+            let mut gx = vec![0.0; 40];
+            let mut gw = vec![0.0; 24];
+            for t in 0..5 {
+                for o in 0..3 {
+                    for i in 0..8 {
+                        gx[t * 8 + i] += weights.f32()[t * 3 + o] as f64 * dw[o * 8 + i];
+                        gw[o * 8 + i] += weights.f32()[t * 3 + o] as f64 * dx[t * 8 + i];
+                    }
                 }
             }
+            close("dx", grads.take(&xv).unwrap().to(Device::Cpu).f32(), &gx, 1e-5);
+            close("dw", grads.take(&wv).unwrap().to(Device::Cpu).f32(), &gw, 1e-5);
+            assert!(grads.take(&sxv).is_some() && grads.take(&swv).is_some());
         }
-        close("dx", grads.take(&xv).unwrap().f32(), &gx, 1e-5);
-        close("dw", grads.take(&wv).unwrap().f32(), &gw, 1e-5);
-        assert!(grads.take(&sxv).is_some() && grads.take(&swv).is_some());
     }
 
     /// Codes -127..=127, mostly of full size where `extreme`.
@@ -168,17 +206,27 @@ mod tests {
         // Among them steps so small that products underflow, where the sign of zero shows.
         let sw: Vec<f32> = (0..out).map(|o| [0.02, 3e-5, 1e-42, 1e-30][o % 4] * (o + 1) as f32).collect();
         let bias = noise(&[out], seed);
-        let tape = Tape::inference();
-        let x = Quantized { codes: tape.constant(wide(&cx, tokens)), scale: Tensor::scalar(sx) };
-        let w =
-            Quantized { codes: tape.constant(wide(&cw, out)), scale: Tensor::from_f32(sw.clone(), &[out]) };
         let weight = Int8Weight::new(&cw, out, width);
         let scale: Vec<f32> = sw.iter().map(|s| sx * s).collect();
-        for bias in [None, Some(bias)] {
-            let trained = quantized_linear(&tape, &x, &w, bias.clone().map(|b| tape.constant(b)).as_ref());
-            let ran = int8_linear::apply(&cx, tokens, &weight, &scale, bias.as_ref().map(Tensor::f32));
-            for (i, (t, r)) in trained.value().f32().iter().zip(ran.f32()).enumerate() {
-                assert_eq!(t.to_bits(), r.to_bits(), "{tokens} x {out} x {width}, [{i}]: {t}, {r}");
+        for device in devices() {
+            let tape = Tape::inference();
+            let on = |t: Tensor| t.to(device);
+            let x = Quantized { codes: tape.constant(on(wide(&cx, tokens))), scale: on(Tensor::scalar(sx)) };
+            let w = Quantized {
+                codes: tape.constant(on(wide(&cw, out))),
+                scale: on(Tensor::from_f32(sw.clone(), &[out])),
+            };
+            for bias in [None, Some(&bias)] {
+                let b = bias.map(|b| tape.constant(on(b.clone())));
+                let trained = quantized_linear(&tape, &x, &w, b.as_ref()).value().to(Device::Cpu);
+                let ran = int8_linear::apply(&cx, tokens, &weight, &scale, bias.map(Tensor::f32));
+                for (i, (t, r)) in trained.f32().iter().zip(ran.f32()).enumerate() {
+                    assert_eq!(
+                        t.to_bits(),
+                        r.to_bits(),
+                        "{device:?} {tokens} x {out} x {width}, [{i}]: {t}, {r}"
+                    );
+                }
             }
         }
     }
@@ -221,6 +269,15 @@ mod tests {
             int8_linear::quantize(&x, scale, &mut codes);
             for (&x, &c) in x.iter().zip(&codes) {
                 prop_assert_eq!(lsq::code(x, scale).to_bits(), f32::from(c).to_bits(), "{:e} / {:e}", x, scale);
+            }
+            for device in devices() {
+                let tape = Tape::inference();
+                let x = tape.constant(Tensor::from_f32(x.clone(), &[x.len()]).to(device));
+                let scale = tape.constant(Tensor::scalar(scale).to(device));
+                let trained = lsq::quantize_activation(&tape, &x, &scale).codes.value().to(Device::Cpu);
+                for (t, &c) in trained.f32().iter().zip(&codes) {
+                    prop_assert_eq!(t.to_bits(), f32::from(c).to_bits(), "{:?}", device);
+                }
             }
         }
     }

@@ -79,7 +79,7 @@ fn elements(g: &[f32], x: &[f32], s: f32, dx: &mut [f32]) -> f32 {
     sum
 }
 
-pub(super) fn backward(grad: &Tensor, x: &Tensor, s: f32) -> (Tensor, f32) {
+pub(super) fn backward(grad: &Tensor, x: &Tensor, s: f32) -> (Tensor, Tensor) {
     const BLOCK: usize = 8192;
     let mut dx = Tensor::stale(x.shape());
     let blocks = grad.f32().par_chunks(BLOCK).zip(x.f32().par_chunks(BLOCK));
@@ -87,7 +87,7 @@ pub(super) fn backward(grad: &Tensor, x: &Tensor, s: f32) -> (Tensor, f32) {
         .zip(dx.f32_mut().par_chunks_mut(BLOCK))
         .map(|((g, x), dx)| simd(|| elements(g, x, s, dx)))
         .collect();
-    (dx, sums.iter().sum::<f32>() / (x.len() as f32 * QMAX).sqrt())
+    (dx, Tensor::scalar(sums.iter().sum::<f32>() / (x.len() as f32 * QMAX).sqrt()))
 }
 
 pub(super) fn weight_codes(w: &Tensor, mask: &Tensor, scale: &Tensor) -> Tensor {

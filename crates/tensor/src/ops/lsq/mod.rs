@@ -7,8 +7,11 @@
 //! `1 / sqrt(n * 127)` (section 2.2 there).
 
 mod cpu;
+mod cuda;
 
 pub use cpu::code;
+#[cfg(test)]
+pub(crate) use cuda::SOURCE;
 
 use crate::{Device, Tape, Tensor, Var};
 
@@ -26,35 +29,36 @@ pub struct Quantized {
 
 /// Quantises a tensor with one positive step size `scale` `[1]`.
 pub fn quantize_activation(tape: &Tape, x: &Var, scale: &Var) -> Quantized {
-    let s = scale.value().item();
     let codes = match x.value().device() {
-        Device::Cpu => cpu::codes(x.value(), s),
+        Device::Cpu => cpu::codes(x.value(), scale.value().item()),
+        Device::Cuda(gpu) => cuda::codes(gpu, x.value(), scale.value()),
     };
-    let (x2, s2) = (x.clone(), scale.clone());
-    let codes = tape.push(codes, &[x, scale], move |grad, grads| {
-        let (dx, ds) = cpu::backward(grad, x2.value(), s);
-        grads.add(&x2, dx);
-        grads.add(&s2, Tensor::scalar(ds));
-    });
-    Quantized { codes, scale: scale.value().clone() }
+    Quantized { codes: with_gradient(tape, codes, x, scale), scale: scale.value().clone() }
 }
 
 /// Quantises and dequantises a tensor with one step size: the pair after a layer (paper, figure 2).
 pub fn fake_quantize(tape: &Tape, x: &Var, scale: &Var) -> Var {
-    let s = scale.value().item();
-    let value = dequantised(x.value(), s);
+    with_gradient(tape, dequantised(x.value(), scale.value()), x, scale)
+}
+
+/// Records `y`, made of `x` with one step size, with the gradients of the module's documentation.
+fn with_gradient(tape: &Tape, y: Tensor, x: &Var, scale: &Var) -> Var {
     let (x2, s2) = (x.clone(), scale.clone());
-    tape.push(value, &[x, scale], move |grad, grads| {
-        let (dx, ds) = cpu::backward(grad, x2.value(), s);
+    tape.push(y, &[x, scale], move |grad, grads| {
+        let (dx, ds) = match grad.device() {
+            Device::Cpu => cpu::backward(grad, x2.value(), s2.value().item()),
+            Device::Cuda(gpu) => cuda::backward(gpu, grad, x2.value(), s2.value()),
+        };
         grads.add(&x2, dx);
-        grads.add(&s2, Tensor::scalar(ds));
+        grads.add(&s2, ds);
     })
 }
 
-/// [`fake_quantize`] without a tape: the grid point of step size `s` nearest to each element.
-pub fn dequantised(x: &Tensor, s: f32) -> Tensor {
+/// [`fake_quantize`] without a tape: the grid point of step size `scale` `[1]` nearest to each element.
+pub fn dequantised(x: &Tensor, scale: &Tensor) -> Tensor {
     match x.device() {
-        Device::Cpu => cpu::dequantised(x, s),
+        Device::Cpu => cpu::dequantised(x, scale.item()),
+        Device::Cuda(gpu) => cuda::dequantised(gpu, x, scale),
     }
 }
 
@@ -64,10 +68,14 @@ pub fn quantize_weight(tape: &Tape, weight: &Var, mask: &Tensor, scale: &Var) ->
     assert_eq!(scale.value().len(), weight.shape()[0], "quantize_weight: one scale per row");
     let codes = match weight.value().device() {
         Device::Cpu => cpu::weight_codes(weight.value(), mask, scale.value()),
+        Device::Cuda(gpu) => cuda::weight_codes(gpu, weight.value(), mask, scale.value()),
     };
     let (w2, s2, mask) = (weight.clone(), scale.clone(), mask.clone());
     let codes = tape.push(codes, &[weight, scale], move |grad, grads| {
-        let (dw, ds) = cpu::weight_backward(grad, w2.value(), &mask, s2.value());
+        let (dw, ds) = match grad.device() {
+            Device::Cpu => cpu::weight_backward(grad, w2.value(), &mask, s2.value()),
+            Device::Cuda(gpu) => cuda::weight_backward(gpu, grad, w2.value(), &mask, s2.value()),
+        };
         grads.add(&w2, dw);
         grads.add(&s2, ds);
     });
@@ -76,7 +84,7 @@ pub fn quantize_weight(tape: &Tape, weight: &Var, mask: &Tensor, scale: &Var) ->
 
 #[cfg(test)]
 mod tests {
-    use super::super::check::{close, noise};
+    use super::super::check::{close, devices, noise};
     use super::super::weighted_sum::dot;
     use super::*;
 
@@ -89,7 +97,12 @@ mod tests {
             assert!(code(*x, 1.0).to_bits() != (-0.0f32).to_bits(), "no negative zero from {x}");
         }
         let t = Tensor::from_f32(x.to_vec(), &[11]);
-        assert_eq!(cpu::codes(&t, 1.0).f32(), want);
+        for device in devices() {
+            let tape = Tape::inference();
+            let (x, s) = (tape.constant(t.to(device)), tape.constant(Tensor::scalar(1.0).to(device)));
+            let codes = quantize_activation(&tape, &x, &s).codes.value().to(Device::Cpu);
+            assert_eq!(codes.f32().iter().map(|c| c.to_bits()).collect::<Vec<_>>(), want.map(f32::to_bits));
+        }
     }
 
     /// Every tie, the floats beside it, and a sweep: the code is the library's round half to even.
@@ -123,20 +136,30 @@ mod tests {
         let x = [0.3f32, -0.74, 5.0, -5.0, 0.01];
         let s = 0.03f32;
         let w = noise(&[5], 3);
-        let tape = Tape::recording();
-        let (xv, sv) = (tape.leaf(Tensor::from_f32(x.to_vec(), &[5])), tape.leaf(Tensor::scalar(s)));
-        let q = fake_quantize(&tape, &xv, &sv);
-        let loss = dot(&tape, &q, &w);
-        let mut grads = tape.backward(&loss);
-        let (mut dx, mut ds) = (Vec::new(), 0.0f64);
-        for (&x, &g) in x.iter().zip(w.f32()) {
-            let (v, g) = ((x / s) as f64, g as f64);
-            let inside = v.abs() <= 127.0;
-            dx.push(if inside { g } else { 0.0 });
-            ds += g * if inside { v.round_ties_even() - v } else { 127.0 * v.signum() };
+        for device in devices() {
+            let tape = Tape::recording();
+            let (xv, sv) = (
+                tape.leaf(Tensor::from_f32(x.to_vec(), &[5]).to(device)),
+                tape.leaf(Tensor::scalar(s).to(device)),
+            );
+            let q = fake_quantize(&tape, &xv, &sv);
+            let loss = dot(&tape, &q, &w);
+            let mut grads = tape.backward(&loss);
+            let (mut dx, mut ds) = (Vec::new(), 0.0f64);
+            for (&x, &g) in x.iter().zip(w.f32()) {
+                let (v, g) = ((x / s) as f64, g as f64);
+                let inside = v.abs() <= 127.0;
+                dx.push(if inside { g } else { 0.0 });
+                ds += g * if inside { v.round_ties_even() - v } else { 127.0 * v.signum() };
+            }
+            close("dx", grads.take(&xv).unwrap().to(Device::Cpu).f32(), &dx, 1e-6);
+            close(
+                "ds",
+                grads.take(&sv).unwrap().to(Device::Cpu).f32(),
+                &[ds / (5.0f64 * 127.0).sqrt()],
+                1e-5,
+            );
         }
-        close("dx", grads.take(&xv).unwrap().f32(), &dx, 1e-6);
-        close("ds", grads.take(&sv).unwrap().f32(), &[ds / (5.0f64 * 127.0).sqrt()], 1e-5);
     }
 
     #[test]
@@ -145,23 +168,26 @@ mod tests {
         let mask = Tensor::from_u8(vec![1, 0, 1, 0, 0, 1, 1, 0], &[2, 4]);
         let scale = [0.004f32, 0.02];
         let weights = noise(&[2, 4], 6);
-        let tape = Tape::recording();
-        let (wv, sv) = (tape.leaf(w.clone()), tape.leaf(Tensor::from_f32(scale.to_vec(), &[2])));
-        let q = quantize_weight(&tape, &wv, &mask, &sv);
-        let loss = dot(&tape, &q.codes, &weights);
-        let mut grads = tape.backward(&loss);
-        let (mut dw, mut ds) = (vec![0.0f64; 8], vec![0.0f64; 2]);
-        for i in 0..8 {
-            let (s, g) = (scale[i / 4], weights.f32()[i] as f64);
-            let v = (w.f32()[i] * mask.u8()[i] as f32 / s) as f64;
-            let c = v.round_ties_even().clamp(-127.0, 127.0);
-            assert_eq!(q.codes.value().f32()[i] as f64, c);
-            let inside = v.abs() <= 127.0;
-            dw[i] = if inside && mask.u8()[i] == 1 { g } else { 0.0 };
-            ds[i / 4] += g * if inside { c - v } else { c };
+        for device in devices() {
+            let tape = Tape::recording();
+            let (wv, sv) =
+                (tape.leaf(w.to(device)), tape.leaf(Tensor::from_f32(scale.to_vec(), &[2]).to(device)));
+            let q = quantize_weight(&tape, &wv, &mask.to(device), &sv);
+            let loss = dot(&tape, &q.codes, &weights);
+            let mut grads = tape.backward(&loss);
+            let (mut dw, mut ds) = (vec![0.0f64; 8], vec![0.0f64; 2]);
+            for i in 0..8 {
+                let (s, g) = (scale[i / 4], weights.f32()[i] as f64);
+                let v = (w.f32()[i] * mask.u8()[i] as f32 / s) as f64;
+                let c = v.round_ties_even().clamp(-127.0, 127.0);
+                assert_eq!(q.codes.value().to(Device::Cpu).f32()[i] as f64, c);
+                let inside = v.abs() <= 127.0;
+                dw[i] = if inside && mask.u8()[i] == 1 { g } else { 0.0 };
+                ds[i / 4] += g * if inside { c - v } else { c };
+            }
+            let n = (4.0f64 * 127.0).sqrt();
+            close("dw", grads.take(&wv).unwrap().to(Device::Cpu).f32(), &dw, 1e-6);
+            close("ds", grads.take(&sv).unwrap().to(Device::Cpu).f32(), &[ds[0] / n, ds[1] / n], 1e-5);
         }
-        let n = (4.0f64 * 127.0).sqrt();
-        close("dw", grads.take(&wv).unwrap().f32(), &dw, 1e-6);
-        close("ds", grads.take(&sv).unwrap().f32(), &[ds[0] / n, ds[1] / n], 1e-5);
     }
 }

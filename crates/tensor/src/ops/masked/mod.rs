@@ -1,6 +1,10 @@
 //! `weight * mask`: the forward of a pruned weight.
 
 mod cpu;
+mod cuda;
+
+#[cfg(test)]
+pub(crate) use cuda::SOURCE;
 
 use crate::{Device, Tape, Tensor, Var};
 
@@ -19,6 +23,7 @@ pub fn masked(tape: &Tape, weight: &Var, mask: &Tensor, gradient: MaskGradient) 
     assert_eq!(weight.shape(), mask.shape(), "masked");
     let apply = |x: &Tensor, mask: &Tensor| match x.device() {
         Device::Cpu => cpu::apply(x, mask),
+        Device::Cuda(gpu) => cuda::apply(gpu, x, mask),
     };
     let out = apply(weight.value(), mask);
     let (w2, mask) = (weight.clone(), mask.clone());
@@ -45,7 +50,7 @@ mod tests {
         let mask = Tensor::from_u8(keep.to_vec(), &[2, 4]);
         check(
             &[noise(&[2, 4], 1)],
-            |t, v| masked(t, &v[0], &mask, MaskGradient::Kept),
+            |t, v| masked(t, &v[0], &mask.to(v[0].value().device()), MaskGradient::Kept),
             |x| x[0].iter().zip(keep).map(|(x, m)| x * m as f64).collect(),
         );
         let tape = Tape::recording();

@@ -1,6 +1,11 @@
 //! Mean squared error against a constant: the feature loss (paper, algorithm 1, L_MSE) and regression.
 
 mod cpu;
+mod cuda;
+
+#[cfg(test)]
+pub(crate) use cuda::SOURCE;
+pub(crate) use cuda::flags;
 
 use crate::{Device, Tape, Tensor, Var};
 
@@ -14,11 +19,16 @@ pub fn mse(tape: &Tape, x: &Var, target: &Tensor, counts: Option<&[bool]>) -> Va
     let rows = counts.map_or(target.rows(), |c| c.iter().filter(|&&c| c).count());
     let n = (rows * target.width()).max(1) as f32;
     let loss = match target.device() {
-        Device::Cpu => cpu::forward(x.value(), target, counts) / n,
+        Device::Cpu => Tensor::scalar(cpu::forward(x.value(), target, counts) / n),
+        Device::Cuda(gpu) => cuda::forward(gpu, x.value(), target, counts, n),
     };
     let (x2, target, counts) = (x.clone(), target.clone(), counts.map(<[bool]>::to_vec));
-    tape.push(Tensor::scalar(loss), &[x], move |grad, grads| {
-        grads.add(&x2, cpu::backward(2.0 * grad.item() / n, x2.value(), &target, counts.as_deref()));
+    tape.push(loss, &[x], move |grad, grads| {
+        let dx = match grad.device() {
+            Device::Cpu => cpu::backward(2.0 * grad.item() / n, x2.value(), &target, counts.as_deref()),
+            Device::Cuda(gpu) => cuda::backward(gpu, grad, x2.value(), &target, counts.as_deref(), n),
+        };
+        grads.add(&x2, dx);
     })
 }
 
@@ -29,16 +39,18 @@ mod tests {
 
     #[test]
     fn matches_reference() {
-        let target = noise(&[3, 4], 2);
         let counts = [true, false, true];
-        for (counts, n) in [(None, 12.0), (Some(&counts[..]), 8.0)] {
+        // The last has wider rows than a block has threads.
+        for (counts, n, w) in [(None, 12.0, 4), (Some(&counts[..]), 8.0, 4), (Some(&counts[..]), 600.0, 300)]
+        {
+            let target = noise(&[3, w], 2);
             check(
-                &[noise(&[3, 4], 1)],
-                |t, v| mse(t, &v[0], &target, counts),
+                &[noise(&[3, w], 1)],
+                |t, v| mse(t, &v[0], &target.to(v[0].value().device()), counts),
                 |x| {
                     let mut sum = 0.0;
-                    for i in 0..12 {
-                        if counts.is_none_or(|c| c[i / 4]) {
+                    for i in 0..3 * w {
+                        if counts.is_none_or(|c| c[i / w]) {
                             sum += (x[0][i] - target.f32()[i] as f64).powi(2);
                         }
                     }

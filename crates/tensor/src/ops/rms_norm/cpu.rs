@@ -2,7 +2,7 @@ use crate::Tensor;
 use crate::cpu::{fold_rows, par_rows, simd};
 use crate::ops::layer_norm::lane_sum;
 
-pub(super) fn forward(x: &Tensor, gain: &Tensor, eps: f32) -> (Tensor, Vec<f32>) {
+pub(super) fn forward(x: &Tensor, gain: &Tensor, eps: f32) -> (Tensor, Tensor) {
     let width = x.width();
     let mut y = Tensor::stale(x.shape());
     let rstd: Vec<f32> = x
@@ -21,7 +21,8 @@ pub(super) fn forward(x: &Tensor, gain: &Tensor, eps: f32) -> (Tensor, Vec<f32>)
             }
         })
     });
-    (y, rstd)
+    let rows = rstd.len();
+    (y, Tensor::from_f32(rstd, &[rows]))
 }
 
 pub(super) fn backward(grad: &Tensor, x: &Tensor, rstd: &[f32], gain: &Tensor) -> (Tensor, Tensor) {

@@ -1,6 +1,10 @@
 //! Root-mean-square normalisation over rows (Zhang and Sennrich 2019, arXiv 1910.07467).
 
 mod cpu;
+mod cuda;
+
+#[cfg(test)]
+pub(crate) use cuda::SOURCE;
 
 use crate::{Device, Tape, Tensor, Var};
 
@@ -9,7 +13,10 @@ pub fn rms_norm(tape: &Tape, x: &Var, gain: &Var, eps: f32) -> Var {
     let (y, rstd) = compute(x.value(), gain.value(), eps);
     let (x2, g2) = (x.clone(), gain.clone());
     tape.push(y, &[x, gain], move |grad, grads| {
-        let (dx, dgain) = cpu::backward(grad, x2.value(), &rstd, g2.value());
+        let (dx, dgain) = match grad.device() {
+            Device::Cpu => cpu::backward(grad, x2.value(), rstd.f32(), g2.value()),
+            Device::Cuda(gpu) => cuda::backward(gpu, grad, x2.value(), &rstd, g2.value()),
+        };
         grads.add(&x2, dx);
         grads.add(&g2, dgain);
     })
@@ -20,10 +27,11 @@ pub fn apply(x: &Tensor, gain: &Tensor, eps: f32) -> Tensor {
     compute(x, gain, eps).0
 }
 
-fn compute(x: &Tensor, gain: &Tensor, eps: f32) -> (Tensor, Vec<f32>) {
+fn compute(x: &Tensor, gain: &Tensor, eps: f32) -> (Tensor, Tensor) {
     assert_eq!(x.width(), gain.len(), "rms_norm: {:?}, {:?}", x.shape(), gain.shape());
     match x.device() {
         Device::Cpu => cpu::forward(x, gain, eps),
+        Device::Cuda(gpu) => cuda::forward(gpu, x, gain, eps),
     }
 }
 

@@ -2,6 +2,10 @@
 //! element `i` of the first half of a head is rotated with element `i` of its second half.
 
 mod cpu;
+mod cuda;
+
+#[cfg(test)]
+pub(crate) use cuda::SOURCE;
 
 use crate::{Device, Tape, Tensor, Var};
 
@@ -42,8 +46,11 @@ pub fn apply(x: &Tensor, positions: &[u32], table: &RotaryTable) -> Tensor {
 
 /// Rotates by the table's angles times `sign`.
 fn turn(x: &Tensor, positions: &[u32], table: &RotaryTable, sign: f32) -> Tensor {
+    let head = 2 * table.half;
+    assert_eq!(x.width() % head, 0, "rotary: heads of {head} in {:?}", x.shape());
     match x.device() {
         Device::Cpu => cpu::rotate(x, positions, table.cos.f32(), table.sin.f32(), table.half, sign),
+        Device::Cuda(gpu) => cuda::rotate(gpu, x, positions, table, sign),
     }
 }
 

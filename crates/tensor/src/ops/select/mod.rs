@@ -1,46 +1,42 @@
 //! Picking rows (the first token of each sequence) or one column (start or end logits) of a matrix.
 
-use crate::{Tape, Tensor, Var};
+mod cpu;
+mod cuda;
+
+#[cfg(test)]
+pub(crate) use cuda::SOURCE;
+
+use super::embedding::{self, Rows};
+use crate::{Device, Tape, Tensor, Var};
 
 /// Rows `rows` of `x` `[.., width]` (leading dimensions flattened): `[rows.len(), width]`.
 pub fn select_rows(tape: &Tape, x: &Var, rows: &[u32]) -> Var {
-    let width = x.value().width();
     let out = apply(x.value(), rows);
     let (x2, rows) = (x.clone(), rows.to_vec());
     tape.push(out, &[x], move |grad, grads| {
-        grads.add_with(&x2, |sum| {
-            let sum = sum.f32_mut();
-            for (g, &r) in grad.f32().chunks_exact(width).zip(&rows) {
-                for (s, g) in sum[r as usize * width..][..width].iter_mut().zip(g) {
-                    *s += g;
-                }
-            }
-        })
+        grads.add_with(&x2, |sum| embedding::scatter(grad, &rows, 1.0, sum));
     })
 }
 
-/// [`select_rows`] without a tape.
+/// [`select_rows`] without a tape: a lookup with `x` as the table.
 pub fn apply(x: &Tensor, rows: &[u32]) -> Tensor {
-    let (width, src) = (x.width(), x.f32());
-    let mut out = Vec::with_capacity(rows.len() * width);
-    for &r in rows {
-        out.extend_from_slice(&src[r as usize * width..][..width]);
-    }
-    Tensor::from_f32(out, &[rows.len(), width])
+    embedding::apply(&[Rows { table: x, ids: rows, factor: 1.0 }])
 }
 
 /// Column `column` of `x` `[batch, length, width]`: `[batch, length]`.
 pub fn select_column(tape: &Tape, x: &Var, column: usize) -> Var {
-    let (width, lead) = (x.value().width(), x.shape()[..x.shape().len() - 1].to_vec());
+    let (width, lead) = (x.value().width(), &x.shape()[..x.shape().len() - 1]);
     assert!(column < width, "column {column} of {width}");
-    let out = x.value().f32().iter().skip(column).step_by(width).copied().collect();
+    let out = match x.value().device() {
+        Device::Cpu => cpu::column(x.value(), column, lead),
+        Device::Cuda(gpu) => cuda::column(gpu, x.value(), column, lead),
+    };
     let x2 = x.clone();
-    tape.push(Tensor::from_f32(out, &lead), &[x], move |grad, grads| {
-        grads.add_with(&x2, |sum| {
-            for (s, g) in sum.f32_mut().iter_mut().skip(column).step_by(width).zip(grad.f32()) {
-                *s += g;
-            }
-        })
+    tape.push(out, &[x], move |grad, grads| {
+        grads.add_with(&x2, |sum| match grad.device() {
+            Device::Cpu => cpu::add_column(grad, column, sum),
+            Device::Cuda(gpu) => cuda::add_column(gpu, grad, column, sum),
+        });
     })
 }
 

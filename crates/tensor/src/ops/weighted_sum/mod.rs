@@ -1,15 +1,28 @@
 //! Sums of scalars with constant weights: how loss terms become one loss.
 
-use crate::{Tape, Tensor, Var};
+mod cuda;
 
-/// `sum_i weight_i * term_i` of one-element terms.
+#[cfg(test)]
+pub(crate) use cuda::SOURCE;
+
+use crate::{Device, Tape, Tensor, Var};
+
+/// `sum_i weight_i * term_i` of one-element terms on one device, shape `[1]`. Nothing waits for a GPU.
 pub fn weighted_sum(tape: &Tape, terms: &[(f32, Var)]) -> Var {
-    let value = terms.iter().map(|(w, t)| w * t.value().item()).sum();
+    assert!(terms.iter().all(|(_, t)| t.value().len() == 1), "weighted_sum of terms that are not scalars");
+    let value = match terms.first().map_or(Device::Cpu, |(_, t)| t.value().device()) {
+        Device::Cpu => Tensor::scalar(terms.iter().map(|(w, t)| w * t.value().item()).sum()),
+        Device::Cuda(gpu) => cuda::forward(gpu, terms),
+    };
     let inputs: Vec<&Var> = terms.iter().map(|(_, t)| t).collect();
     let kept = terms.to_vec();
-    tape.push(Tensor::scalar(value), &inputs, move |grad, grads| {
-        for (w, t) in &kept {
-            grads.add(t, Tensor::full(t.shape(), w * grad.item()));
+    tape.push(value, &inputs, move |grad, grads| {
+        for (w, t) in kept.iter().filter(|(_, t)| t.tracked()) {
+            let dt = match grad.device() {
+                Device::Cpu => Tensor::full(t.shape(), w * grad.item()),
+                Device::Cuda(gpu) => cuda::scale(gpu, grad, *w, t.shape()),
+            };
+            grads.add(t, dt);
         }
     })
 }
@@ -17,11 +30,13 @@ pub fn weighted_sum(tape: &Tape, terms: &[(f32, Var)]) -> Var {
 /// `sum_i x_i * weight_i` with constant weights: makes a scalar of an output so that it can be differentiated.
 #[cfg(test)]
 pub(crate) fn dot(tape: &Tape, x: &Var, weights: &Tensor) -> Var {
-    let value = x.value().f32().iter().zip(weights.f32()).map(|(a, b)| a * b).sum();
+    let device = x.value().device();
+    let value = x.value().to(Device::Cpu).f32().iter().zip(weights.f32()).map(|(a, b)| a * b).sum();
     let (x2, weights) = (x.clone(), weights.clone());
-    tape.push(Tensor::scalar(value), &[x], move |grad, grads| {
-        let g = weights.f32().iter().map(|w| w * grad.item()).collect();
-        grads.add(&x2, Tensor::from_f32(g, x2.shape()));
+    tape.push(Tensor::scalar(value).to(device), &[x], move |grad, grads| {
+        let grad = grad.item();
+        let g = weights.f32().iter().map(|w| w * grad).collect();
+        grads.add(&x2, Tensor::from_f32(g, x2.shape()).to(device));
     })
 }
 

@@ -1,0 +1,204 @@
+//! From CUDA C++ to cubin: NVRTC, found at run time, and a cache on disk by the hash of everything that goes in.
+
+use std::ffi::{CString, c_char};
+use std::path::PathBuf;
+use std::{env, fs, process};
+
+use cudarc::driver::sys as driver;
+use cudarc::nvrtc::{result, sys as nvrtc};
+
+use super::CudaError;
+
+/// What every kernel file starts with.
+const PRELUDE: &str = include_str!("../ops/prelude.cuh");
+
+/// One operation's kernels.
+pub(crate) struct Source {
+    /// The operation's folder.
+    pub(crate) name: &'static str,
+    /// `kernel.cu`.
+    pub(crate) text: &'static str,
+}
+
+/// The kernels of an operation: `source!("add")` in `ops/add/cuda.rs`.
+macro_rules! source {
+    ($name:literal) => {
+        $crate::cuda::Source { name: $name, text: include_str!("kernel.cu") }
+    };
+}
+pub(crate) use source;
+
+/// An error that says what was searched, if there is no NVIDIA driver here.
+pub(super) fn need_driver() -> Result<(), CudaError> {
+    // SAFETY: loads and unloads the driver library, which is made for it.
+    if unsafe { driver::is_culib_present() } {
+        return Ok(());
+    }
+    Err(CudaError::Library {
+        library: "NVIDIA driver",
+        searched: cudarc::get_lib_name_candidates("cuda").join(", "),
+        remedy: "install one, or use the CPU",
+    })
+}
+
+/// An error that says what was searched, if there is no NVRTC here.
+pub(super) fn need_compiler() -> Result<(), CudaError> {
+    // SAFETY: as above.
+    if unsafe { nvrtc::is_culib_present() } {
+        return Ok(());
+    }
+    Err(CudaError::Library {
+        library: "CUDA kernel compiler (NVRTC)",
+        searched: cudarc::get_lib_name_candidates("nvrtc").join(", "),
+        remedy: "install the CUDA toolkit's runtime libraries or the wheel nvidia-cuda-nvrtc, and name their folder \
+                 in LD_LIBRARY_PATH",
+    })
+}
+
+/// The architecture to compile for. Hopper's own instructions need its `a` target.
+pub(super) fn target(major: i32, minor: i32) -> String {
+    match (major, minor) {
+        (9, 0) => "sm_90a".into(),
+        _ => format!("sm_{major}{minor}"),
+    }
+}
+
+/// The compiled kernels of `source`, from the cache on disk if they are there.
+pub(super) fn cubin(source: &Source, target: &str) -> Result<Vec<u8>, CudaError> {
+    let file = cache_file(source, target);
+    if let Some(cubin) = file.as_ref().and_then(|f| fs::read(f).ok()).and_then(unsealed) {
+        return Ok(cubin);
+    }
+    let cubin = compile(source, target)?;
+    // A cache that cannot be written (a full disk, a read-only home) costs time and nothing else.
+    if let Some(file) = file {
+        let _ = write(&file, &cubin);
+    }
+    Ok(cubin)
+}
+
+/// `$GPUSQ_CACHE`, `$XDG_CACHE_HOME/gpusq` or `~/.cache/gpusq`.
+fn cache_file(source: &Source, target: &str) -> Option<PathBuf> {
+    let folder = match (env::var_os("GPUSQ_CACHE"), env::var_os("XDG_CACHE_HOME"), env::var_os("HOME")) {
+        (Some(dir), _, _) => PathBuf::from(dir),
+        (_, Some(dir), _) => PathBuf::from(dir).join("gpusq"),
+        (_, _, Some(home)) => PathBuf::from(home).join(".cache/gpusq"),
+        _ => return None,
+    };
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: writes two integers.
+    unsafe { nvrtc::nvrtcVersion(&mut major, &mut minor) };
+    let hash = fnv(&[PRELUDE, source.text, target, &format!("nvrtc {major}.{minor}")].join("\0"));
+    Some(folder.join(format!("kernels/{}-{target}-{hash:016x}.cubin", source.name)))
+}
+
+/// FNV-1a: the same in every build, unlike the standard library's hasher.
+fn fnv(text: &str) -> u64 {
+    fnv_bytes(text.as_bytes())
+}
+
+fn fnv_bytes(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xCBF2_9CE4_8422_2325, |h, b| (h ^ *b as u64).wrapping_mul(0x0100_0000_01B3))
+}
+
+/// The image without the checksum that ends the file; `None` if they disagree (a torn or edited file).
+fn unsealed(mut file: Vec<u8>) -> Option<Vec<u8>> {
+    let at = file.len().checked_sub(8)?;
+    let sum = u64::from_le_bytes(file[at..].try_into().ok()?);
+    file.truncate(at);
+    (fnv_bytes(&file) == sum).then_some(file)
+}
+
+fn write(file: &PathBuf, cubin: &[u8]) -> std::io::Result<()> {
+    fs::create_dir_all(file.parent().expect("has a folder"))?;
+    // Renamed into place, so that processes that start together never read half a file.
+    let part = file.with_extension(format!("{}.part", process::id()));
+    fs::write(&part, [cubin, &fnv_bytes(cubin).to_le_bytes()[..]].concat())?;
+    fs::rename(part, file)
+}
+
+/// Compiles `source` for `target`; the error has the compiler's log.
+pub(super) fn compile(source: &Source, target: &str) -> Result<Vec<u8>, CudaError> {
+    let failed = |log: String| CudaError::Compile { source_name: source.name, target: target.into(), log };
+    let text = CString::new([PRELUDE, "\n#line 1 \"kernel.cu\"\n", source.text].concat())
+        .map_err(|_| failed("the source has a NUL".into()))?;
+    let program = result::create_program(&text, None).map_err(|e| failed(format!("{e:?}")))?;
+    let options = [format!("--gpu-architecture={target}"), "--std=c++17".into(), "-default-device".into()];
+    // SAFETY: `program` is live until destroyed below, and the buffers have the sizes NVRTC gives.
+    unsafe {
+        let compiled = result::compile_program(program, &options);
+        let out = match compiled {
+            Err(e) => {
+                let log: Vec<c_char> = result::get_program_log(program).unwrap_or_default();
+                let log: Vec<u8> = log.iter().map(|c| *c as u8).take_while(|c| *c != 0).collect();
+                Err(failed(format!("{e:?}\n{}", String::from_utf8_lossy(&log))))
+            }
+            Ok(()) => image(program).map_err(|e| failed(format!("{e:?}"))),
+        };
+        let _ = result::destroy_program(program);
+        out
+    }
+}
+
+/// # Safety
+/// `program` must be live and compiled.
+unsafe fn image(program: nvrtc::nvrtcProgram) -> Result<Vec<u8>, result::NvrtcError> {
+    let mut size = 0usize;
+    // SAFETY: as the caller promises; the buffer has the size NVRTC gives.
+    unsafe {
+        nvrtc::nvrtcGetCUBINSize(program, &mut size).result()?;
+        let mut cubin = vec![0u8; size];
+        nvrtc::nvrtcGetCUBIN(program, cubin.as_mut_ptr().cast()).result()?;
+        Ok(cubin)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whether NVRTC is here. `GPUSQ_NEED_NVRTC` makes its absence a failure.
+    fn compiler() -> bool {
+        match need_compiler() {
+            Ok(()) => true,
+            Err(e) => {
+                assert!(env::var_os("GPUSQ_NEED_NVRTC").is_none(), "GPUSQ_NEED_NVRTC is set: {e}");
+                println!("skipped: {e}");
+                false
+            }
+        }
+    }
+
+    /// Every kernel compiles for every architecture the project names. Needs NVRTC, no GPU.
+    #[test]
+    fn every_kernel_compiles_to_cubin() {
+        if !compiler() {
+            return;
+        }
+        for source in crate::ops::SOURCES {
+            for target in ["sm_80", "sm_89", "sm_90a"] {
+                let cubin = compile(source, target).unwrap_or_else(|e| panic!("{e}"));
+                assert_eq!(&cubin[..4], b"\x7fELF", "{} {target}", source.name);
+            }
+        }
+    }
+
+    #[test]
+    fn a_kernel_that_does_not_compile_says_where_when_cubin_is_asked_for() {
+        if !compiler() {
+            return;
+        }
+        let bad = Source { name: "bad", text: "extern \"C\" __global__ void f() {\n  nonsense;\n}" };
+        let e = compile(&bad, "sm_80").unwrap_err().to_string();
+        assert!(e.contains("bad") && e.contains("kernel.cu(2)") && e.contains("nonsense"), "{e}");
+    }
+
+    #[test]
+    fn a_damaged_cache_file_is_compiled_again_not_loaded() {
+        let mut file = b"image".to_vec();
+        file.extend(fnv_bytes(b"image").to_le_bytes());
+        assert_eq!(unsealed(file.clone()).unwrap(), b"image");
+        file[1] ^= 1;
+        assert!(unsealed(file).is_none() && unsealed(vec![1, 2]).is_none());
+    }
+}

@@ -1,0 +1,562 @@
+//! NVIDIA GPUs: the driver, memory, launches. Everything is looked for at run time, nothing at build time.
+//!
+//! All work of a [`Gpu`] goes to one stream, so operations run in the order they were asked for and memory that
+//! one frees the next may use. Operations have no `Result`: the first failure (out of memory, a fault in a
+//! kernel) is kept, later work does nothing, and [`Gpu::check`] hands the failure to whoever runs a step.
+
+mod blas;
+mod kernels;
+pub(crate) mod reduce;
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::hash::{Hash, Hasher};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::{fmt, ptr};
+
+use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
+
+pub(crate) use kernels::{Source, source};
+
+use blas::Blas;
+
+/// GPUs with an ordinal beyond this are not opened.
+const MOST: usize = 64;
+
+/// Why a GPU could not be used, or stopped working.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum CudaError {
+    /// A library is not on this machine.
+    #[error("no {library} found (searched {searched}); {remedy}")]
+    Library {
+        /// What it is, such as `NVIDIA driver`.
+        library: &'static str,
+        /// File names that were tried.
+        searched: String,
+        /// What to do about it.
+        remedy: &'static str,
+    },
+    /// The driver refused something.
+    #[error("GPU {ordinal}: {what}: {reason}")]
+    Driver {
+        /// Which GPU.
+        ordinal: usize,
+        /// What was asked for.
+        what: String,
+        /// The driver's words.
+        reason: String,
+    },
+    /// The GPU's memory does not hold what a step needs.
+    #[error(
+        "GPU {ordinal} is out of memory: {asked} more bytes were asked for, {free} of {total} are free; lower the \
+         batch size"
+    )]
+    OutOfMemory {
+        /// Which GPU.
+        ordinal: usize,
+        /// Bytes of the allocation that failed.
+        asked: usize,
+        /// Bytes free on the device when it failed.
+        free: usize,
+        /// Bytes of the device.
+        total: usize,
+    },
+    /// A kernel was not accepted by the compiler.
+    #[error("the kernels of {source_name} do not compile for {target}: {log}")]
+    Compile {
+        /// Folder of the operation.
+        source_name: &'static str,
+        /// Architecture, such as `sm_90a`.
+        target: String,
+        /// The compiler's words.
+        log: String,
+    },
+}
+
+/// An NVIDIA GPU that was opened by this process. Copies name the same GPU.
+#[derive(Clone, Copy)]
+pub struct Gpu(&'static Inner);
+
+struct Inner {
+    ordinal: usize,
+    name: String,
+    /// Architecture kernels are compiled for, such as `sm_90a`.
+    target: String,
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    modules: Mutex<HashMap<&'static str, Module>>,
+    blas: OnceLock<Option<Blas>>,
+    failure: Mutex<Option<CudaError>>,
+}
+
+struct Module {
+    handle: sys::CUmodule,
+    functions: HashMap<&'static str, sys::CUfunction>,
+}
+
+// SAFETY: module and function handles may be used from any thread in which the context is current, which
+// `Gpu::bound` sees to; the maps that hold them are behind a mutex.
+unsafe impl Send for Module {}
+
+impl Gpu {
+    /// Opens GPU `ordinal`. Opening it again gives the same one.
+    pub fn open(ordinal: usize) -> Result<Gpu, CudaError> {
+        static OPEN: Mutex<[Option<Gpu>; MOST]> = Mutex::new([None; MOST]);
+        let mut open = lock(&OPEN);
+        let failed =
+            |what: &str, e: DriverError| CudaError::Driver { ordinal, what: what.into(), reason: reason(e) };
+        let slot = open.get_mut(ordinal).ok_or_else(|| CudaError::Driver {
+            ordinal,
+            what: "open".into(),
+            reason: format!("GPUs are numbered 0 to {}", MOST - 1),
+        })?;
+        if let Some(gpu) = slot {
+            return Ok(*gpu);
+        }
+        kernels::need_driver()?;
+        kernels::need_compiler()?;
+        let context = CudaContext::new(ordinal).map_err(|e| failed("open", e))?;
+        let stream = context.new_stream().map_err(|e| failed("make a stream", e))?;
+        let (major, minor) = context.compute_capability().map_err(|e| failed("ask its architecture", e))?;
+        if major < 8 {
+            return Err(CudaError::Driver {
+                ordinal,
+                what: "open".into(),
+                reason: format!("architecture sm_{major}{minor} is older than sm_80 (Ampere)"),
+            });
+        }
+        let name = context.name().map_err(|e| failed("ask its name", e))?;
+        let inner = Inner {
+            ordinal,
+            name,
+            target: kernels::target(major, minor),
+            context,
+            stream,
+            modules: Mutex::default(),
+            blas: OnceLock::new(),
+            failure: Mutex::default(),
+        };
+        inner.keep_freed_memory().map_err(|e| failed("set up memory", e))?;
+        // A process has one of these for each GPU, until it ends.
+        let gpu = Gpu(Box::leak(Box::new(inner)));
+        *slot = Some(gpu);
+        Ok(gpu)
+    }
+
+    /// How many GPUs the driver shows; 0 without a driver.
+    pub fn count() -> usize {
+        if kernels::need_driver().is_err() || result::init().is_err() {
+            return 0;
+        }
+        result::device::get_count().unwrap_or(0) as usize
+    }
+
+    /// Number of this GPU, from 0.
+    pub fn ordinal(self) -> usize {
+        self.0.ordinal
+    }
+
+    /// The driver's name for it.
+    pub fn name(self) -> &'static str {
+        &self.0.name
+    }
+
+    /// Waits for all work asked for so far and hands over the first failure since the last call. After
+    /// out-of-memory the GPU works again; after a fault in a kernel the driver refuses all further work.
+    pub fn check(self) -> Result<(), CudaError> {
+        self.attempt("finish", |gpu| gpu.0.stream.synchronize());
+        match lock(&self.0.failure).take() {
+            Some(e) => Err(e),
+            None => Ok(()),
+        }
+    }
+
+    /// Most bytes that were in use at one time since the last call of this function.
+    pub fn peak_memory(self) -> usize {
+        use sys::CUmemPool_attribute_enum as Attribute;
+        let mut peak = 0u64;
+        self.attempt("read memory use", |gpu| {
+            let pool = gpu.0.pool()?;
+            // SAFETY: `pool` is the device's own, the attribute is a u64, and writing 0 resets the mark.
+            unsafe {
+                result::mem_pool::get_attribute(
+                    pool,
+                    Attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH,
+                    (&raw mut peak).cast(),
+                )?;
+                let mut zero = 0u64;
+                result::mem_pool::set_attribute(
+                    pool,
+                    Attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH,
+                    (&raw mut zero).cast(),
+                )
+            }
+        });
+        peak as usize
+    }
+
+    /// Runs `f` with this GPU's context current, unless the GPU has failed; keeps the first failure.
+    fn attempt(self, what: &str, f: impl FnOnce(Gpu) -> Result<(), DriverError>) -> bool {
+        if lock(&self.0.failure).is_some() {
+            return false;
+        }
+        match self.0.context.bind_to_thread().and_then(|()| f(self)) {
+            Ok(()) => true,
+            Err(e) => {
+                self.fail(CudaError::Driver {
+                    ordinal: self.0.ordinal,
+                    what: what.into(),
+                    reason: reason(e),
+                });
+                false
+            }
+        }
+    }
+
+    fn fail(self, e: CudaError) {
+        lock(&self.0.failure).get_or_insert(e);
+    }
+
+    /// Uninitialised memory.
+    pub(crate) fn allocate(self, bytes: usize) -> Memory {
+        let mut at = 0;
+        if bytes > 0 && lock(&self.0.failure).is_none() {
+            let stream = self.0.stream.cu_stream();
+            // SAFETY: the stream lives as long as the process.
+            let got =
+                self.0.context.bind_to_thread().and_then(|()| unsafe { result::malloc_async(stream, bytes) });
+            match got {
+                Ok(p) => at = p,
+                Err(e) if e.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                    let (free, total) = result::mem_get_info().unwrap_or((0, 0));
+                    self.fail(CudaError::OutOfMemory { ordinal: self.0.ordinal, asked: bytes, free, total });
+                }
+                Err(e) => self.fail(CudaError::Driver {
+                    ordinal: self.0.ordinal,
+                    what: format!("allocate {bytes} bytes"),
+                    reason: reason(e),
+                }),
+            }
+        }
+        Memory { gpu: self, at, bytes }
+    }
+
+    /// A copy of `data` on the GPU.
+    pub(crate) fn upload<T: Plain>(self, data: &[T]) -> Memory {
+        let memory = self.allocate(size_of_val(data));
+        if memory.at != 0 {
+            // SAFETY: `memory` has the size of `data`; pageable host memory is read before the call returns.
+            self.attempt("copy to the GPU", |gpu| unsafe {
+                result::memcpy_htod_async(memory.at, data, gpu.0.stream.cu_stream())
+            });
+        }
+        memory
+    }
+
+    /// Starts kernel `name` of `source`. The caller answers for the arguments being what the kernel declares.
+    pub(crate) fn launch(self, source: &'static Source, name: &'static str, grid: Grid, arguments: &[Arg]) {
+        if grid.blocks.contains(&0) || lock(&self.0.failure).is_some() {
+            return;
+        }
+        let function = match self.function(source, name) {
+            Ok(f) => f,
+            Err(e) => return self.fail(e),
+        };
+        let mut values: Vec<u64> = arguments.iter().map(|a| a.bits()).collect();
+        let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|v| (v as *mut u64).cast()).collect();
+        let [x, y, z] = grid.blocks;
+        self.attempt(name, |gpu| {
+            // SAFETY: each kernel's launcher sits beside its source and passes what it declares; every pointer
+            // argument comes from a live `Memory` of this stream, so that it is not reused before the kernel ran.
+            unsafe {
+                if grid.shared > 48 << 10 {
+                    result::function::set_function_attribute(
+                        function,
+                        sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                        grid.shared as i32,
+                    )?;
+                }
+                let stream = gpu.0.stream.cu_stream();
+                result::launch_kernel(
+                    function,
+                    (x, y, z),
+                    (grid.threads, 1, 1),
+                    grid.shared,
+                    stream,
+                    &mut pointers,
+                )
+            }
+        });
+    }
+
+    fn function(self, source: &'static Source, name: &'static str) -> Result<sys::CUfunction, CudaError> {
+        let mut modules = lock(&self.0.modules);
+        let failed = |what: String, e: DriverError| CudaError::Driver {
+            ordinal: self.0.ordinal,
+            what,
+            reason: reason(e),
+        };
+        self.0.context.bind_to_thread().map_err(|e| failed("use it".into(), e))?;
+        if !modules.contains_key(source.name) {
+            let cubin = kernels::cubin(source, &self.0.target)?;
+            // SAFETY: `cubin` is a whole ELF image that outlives the call; the driver copies it.
+            let handle = unsafe { result::module::load_data(cubin.as_ptr().cast()) }
+                .map_err(|e| failed(format!("load the kernels of {}", source.name), e))?;
+            modules.insert(source.name, Module { handle, functions: HashMap::new() });
+        }
+        let module = modules.get_mut(source.name).expect("inserted above");
+        if let Some(f) = module.functions.get(name) {
+            return Ok(*f);
+        }
+        let symbol = CString::new(name).expect("kernel names have no NUL");
+        // SAFETY: the module is loaded and never unloaded.
+        let f = unsafe { result::module::get_function(module.handle, symbol) }
+            .map_err(|e| failed(format!("find kernel {name} of {}", source.name), e))?;
+        module.functions.insert(name, f);
+        Ok(f)
+    }
+
+    /// `c = alpha * a b + beta * c` in f32, as [`crate::cpu::gemm`].
+    pub(crate) fn gemm(self, product: &Product) {
+        if product.m == 0 || product.n == 0 || lock(&self.0.failure).is_some() {
+            return;
+        }
+        let blas = self.0.blas.get_or_init(|| match Blas::open(self) {
+            Ok(b) => Some(b),
+            Err(e) => {
+                self.fail(e);
+                None
+            }
+        });
+        if let Some(blas) = blas
+            && let Err(e) = blas.multiply(self, product)
+        {
+            self.fail(e);
+        }
+    }
+}
+
+pub(crate) use blas::{Operand, Product};
+
+impl Inner {
+    /// Memory that is freed stays with the process: handing it back costs a synchronisation.
+    fn keep_freed_memory(&self) -> Result<(), DriverError> {
+        self.context.bind_to_thread()?;
+        let mut never = u64::MAX;
+        // SAFETY: the attribute is a u64.
+        unsafe {
+            result::mem_pool::set_attribute(
+                self.pool()?,
+                sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD,
+                (&raw mut never).cast(),
+            )
+        }
+    }
+
+    fn pool(&self) -> Result<sys::CUmemoryPool, DriverError> {
+        let device = result::device::get(self.ordinal as i32)?;
+        // SAFETY: `device` was just looked up.
+        unsafe { result::device::get_default_mem_pool(device) }
+    }
+}
+
+impl PartialEq for Gpu {
+    fn eq(&self, other: &Gpu) -> bool {
+        ptr::eq(self.0, other.0)
+    }
+}
+
+impl Eq for Gpu {}
+
+impl Hash for Gpu {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.0.ordinal.hash(state);
+    }
+}
+
+impl fmt::Debug for Gpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Gpu({})", self.0.ordinal)
+    }
+}
+
+/// GPU memory, freed in stream order when dropped.
+pub(crate) struct Memory {
+    gpu: Gpu,
+    /// 0 if nothing was allocated: no bytes asked for, or the GPU has failed.
+    at: sys::CUdeviceptr,
+    bytes: usize,
+}
+
+impl Memory {
+    pub(crate) fn gpu(&self) -> Gpu {
+        self.gpu
+    }
+
+    pub(crate) fn zero(&self) {
+        if self.at != 0 {
+            // SAFETY: the range is this allocation.
+            self.gpu.attempt("clear memory", |gpu| unsafe {
+                result::memset_d8_async(self.at, 0, self.bytes, gpu.0.stream.cu_stream())
+            });
+        }
+    }
+
+    /// Waits for the work before it and copies to the host; zeros if the GPU has failed.
+    pub(crate) fn download<T: Plain>(&self) -> Vec<T> {
+        let mut out = vec![T::default(); self.bytes / size_of::<T>()];
+        if self.at != 0 {
+            // SAFETY: `out` has the allocation's size, and any bytes make a `T`.
+            self.gpu.attempt("copy from the GPU", |gpu| {
+                unsafe { result::memcpy_dtoh_async(&mut out, self.at, gpu.0.stream.cu_stream()) }?;
+                gpu.0.stream.synchronize()
+            });
+        }
+        out
+    }
+}
+
+impl Clone for Memory {
+    fn clone(&self) -> Self {
+        let copy = self.gpu.allocate(self.bytes);
+        if self.at != 0 && copy.at != 0 {
+            // SAFETY: both allocations have `bytes` bytes.
+            self.gpu.attempt("copy", |gpu| unsafe {
+                result::memcpy_dtod_async(copy.at, self.at, self.bytes, gpu.0.stream.cu_stream())
+            });
+        }
+        copy
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        if self.at != 0 {
+            // After a fault the driver refuses this too, and nothing is left to free.
+            let _ = self.gpu.0.context.bind_to_thread();
+            // SAFETY: allocated on this stream and not used after this.
+            let _ = unsafe { result::free_async(self.at, self.gpu.0.stream.cu_stream()) };
+        }
+    }
+}
+
+/// Element types that may cross between host and GPU as bytes.
+///
+/// # Safety
+/// Any bytes must make a value.
+pub(crate) unsafe trait Plain: Copy + Default {}
+
+// SAFETY: numbers without invalid bit patterns.
+unsafe impl Plain for f32 {}
+// SAFETY: as above.
+unsafe impl Plain for f64 {}
+// SAFETY: as above.
+unsafe impl Plain for half::f16 {}
+// SAFETY: as above.
+unsafe impl Plain for half::bf16 {}
+// SAFETY: as above.
+unsafe impl Plain for i32 {}
+// SAFETY: as above.
+unsafe impl Plain for u32 {}
+// SAFETY: as above.
+unsafe impl Plain for i8 {}
+// SAFETY: as above.
+unsafe impl Plain for u8 {}
+
+/// Threads of a launch.
+#[derive(Clone, Copy)]
+pub(crate) struct Grid {
+    pub(crate) blocks: [u32; 3],
+    pub(crate) threads: u32,
+    /// Bytes of dynamic shared memory.
+    pub(crate) shared: u32,
+}
+
+impl Grid {
+    /// For a kernel that strides over `n` elements: enough blocks to fill any GPU.
+    pub(crate) fn elements(n: usize) -> Grid {
+        Grid::blocks(n.div_ceil(256).min(1 << 14))
+    }
+
+    /// `n` blocks of 256 threads.
+    pub(crate) fn blocks(n: usize) -> Grid {
+        Grid {
+            blocks: [u32::try_from(n).expect("a launch has fewer than 2^32 blocks"), 1, 1],
+            threads: 256,
+            shared: 0,
+        }
+    }
+}
+
+/// An argument of a kernel.
+#[derive(Clone, Copy)]
+pub(crate) enum Arg {
+    Pointer(u64),
+    I32(i32),
+    U32(u32),
+    /// `long long`
+    Long(i64),
+    U64(u64),
+    F32(f32),
+}
+
+impl Arg {
+    /// The value in the low bytes, as the driver reads it (little-endian, like every host with these GPUs).
+    fn bits(self) -> u64 {
+        match self {
+            Arg::Pointer(p) | Arg::U64(p) => p,
+            Arg::I32(v) => v as u32 as u64,
+            Arg::U32(v) => v as u64,
+            Arg::Long(v) => v as u64,
+            Arg::F32(v) => v.to_bits() as u64,
+        }
+    }
+}
+
+impl From<&Memory> for Arg {
+    fn from(m: &Memory) -> Arg {
+        Arg::Pointer(m.at)
+    }
+}
+
+impl From<i32> for Arg {
+    fn from(v: i32) -> Arg {
+        Arg::I32(v)
+    }
+}
+
+impl From<u32> for Arg {
+    fn from(v: u32) -> Arg {
+        Arg::U32(v)
+    }
+}
+
+impl From<u64> for Arg {
+    fn from(v: u64) -> Arg {
+        Arg::U64(v)
+    }
+}
+
+impl From<f32> for Arg {
+    fn from(v: f32) -> Arg {
+        Arg::F32(v)
+    }
+}
+
+/// Sizes are `long long` in kernels.
+impl From<usize> for Arg {
+    fn from(v: usize) -> Arg {
+        Arg::Long(v as i64)
+    }
+}
+
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+fn reason(e: DriverError) -> String {
+    match (e.error_name(), e.error_string()) {
+        (Ok(n), Ok(s)) => format!("{} ({})", s.to_string_lossy(), n.to_string_lossy()),
+        _ => format!("{e:?}"),
+    }
+}

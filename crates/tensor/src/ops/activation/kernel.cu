@@ -1,0 +1,63 @@
+// Each function with its slope; the kernels differ in nothing else.
+
+constexpr float SQRT_HALF = 0.70710678f;
+constexpr float SQRT_2_OVER_PI = 0.79788456f;
+
+struct Gelu {
+    static __device__ float value(float x) { return 0.5f * x * (1.0f + erff(x * SQRT_HALF)); }
+    // Phi(x) + x * phi(x), phi the normal density.
+    static __device__ float slope(float x) {
+        return 0.5f * (1.0f + erff(x * SQRT_HALF)) + x * 0.39894228f * expf(-0.5f * x * x);
+    }
+};
+
+struct GeluTanh {
+    static __device__ float inner(float x) { return tanhf(SQRT_2_OVER_PI * (x + 0.044715f * x * x * x)); }
+    static __device__ float value(float x) { return 0.5f * x * (1.0f + inner(x)); }
+    static __device__ float slope(float x) {
+        float t = inner(x);
+        return 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * SQRT_2_OVER_PI * (1.0f + 3.0f * 0.044715f * x * x);
+    }
+};
+
+struct Relu {
+    static __device__ float value(float x) { return fmaxf(x, 0.0f); }
+    static __device__ float slope(float x) { return x > 0.0f ? 1.0f : 0.0f; }
+};
+
+struct Silu {
+    static __device__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+    static __device__ float value(float x) { return x * sigmoid(x); }
+    static __device__ float slope(float x) {
+        float s = sigmoid(x);
+        return s * (1.0f + x * (1.0f - s));
+    }
+};
+
+struct Tanh {
+    static __device__ float value(float x) { return tanhf(x); }
+    static __device__ float slope(float x) {
+        float t = tanhf(x);
+        return 1.0f - t * t;
+    }
+};
+
+#define KERNELS(name, F)                                                                                  \
+    extern "C" __global__ void name(float *out, const float *x, long long n) {                            \
+        EACH(i, n) out[i] = F::value(x[i]);                                                               \
+    }
+#define BACKWARD(name, F)                                                                                 \
+    extern "C" __global__ void name(float *dx, const float *grad, const float *x, long long n) {          \
+        EACH(i, n) dx[i] = grad[i] * F::slope(x[i]);                                                      \
+    }
+
+KERNELS(gelu, Gelu)
+BACKWARD(gelu_backward, Gelu)
+KERNELS(gelu_tanh, GeluTanh)
+BACKWARD(gelu_tanh_backward, GeluTanh)
+KERNELS(relu, Relu)
+BACKWARD(relu_backward, Relu)
+KERNELS(silu, Silu)
+BACKWARD(silu_backward, Silu)
+KERNELS(tanh_, Tanh)
+BACKWARD(tanh_backward, Tanh)

@@ -1,0 +1,65 @@
+use super::Saved;
+use crate::cuda::reduce::column_sums;
+use crate::cuda::{Arg, Gpu, Grid, Source, source};
+use crate::{Device, Tensor};
+
+pub(crate) static SOURCE: Source = source!("layer_norm");
+
+/// Rows of a block: a warp each.
+const ROWS: usize = 8;
+
+pub(super) fn forward(
+    gpu: Gpu,
+    x: &Tensor,
+    residual: Option<&Tensor>,
+    gain: &Tensor,
+    bias: &Tensor,
+    eps: f32,
+    keep: bool,
+) -> (Tensor, Option<Saved>) {
+    let (rows, width, device) = (x.rows(), x.width(), Device::Cuda(gpu));
+    let y = Tensor::stale_on(device, x.shape());
+    let saved = keep.then(|| Saved {
+        normal: Tensor::stale_on(device, x.shape()),
+        rstd: Tensor::stale_on(device, &[rows]),
+    });
+    let absent = Arg::Pointer(0);
+    gpu.launch(
+        &SOURCE,
+        "forward",
+        Grid::blocks(rows.div_ceil(ROWS)),
+        &[
+            y.memory().into(),
+            saved.as_ref().map_or(absent, |s| s.normal.memory().into()),
+            saved.as_ref().map_or(absent, |s| s.rstd.memory().into()),
+            x.memory().into(),
+            residual.map_or(absent, |r| r.memory().into()),
+            gain.memory().into(),
+            bias.memory().into(),
+            rows.into(),
+            width.into(),
+            eps.into(),
+        ],
+    );
+    (y, saved)
+}
+
+pub(super) fn backward(gpu: Gpu, grad: &Tensor, saved: &Saved, gain: &Tensor) -> (Tensor, Tensor, Tensor) {
+    let (rows, width) = (grad.rows(), grad.width());
+    let dx = Tensor::stale_on(Device::Cuda(gpu), grad.shape());
+    gpu.launch(
+        &SOURCE,
+        "backward",
+        Grid::blocks(rows.div_ceil(ROWS)),
+        &[
+            dx.memory().into(),
+            grad.memory().into(),
+            saved.normal.memory().into(),
+            saved.rstd.memory().into(),
+            gain.memory().into(),
+            rows.into(),
+            width.into(),
+        ],
+    );
+    (dx, column_sums(gpu, grad, Some(&saved.normal)), column_sums(gpu, grad, None))
+}
