@@ -46,7 +46,7 @@ pub(crate) fn command() -> Command {
             Command::new("eval")
                 .about("Score a model of any stage; packed ones run in the engine")
                 .args([model(), task().required(false), data(), split(), json()])
-                .arg(Arg::new("max-length").long("max-length").value_name("TOKENS").value_parser(value_parser!(usize)).help("Longest input (default: the task's own)"))
+                .arg(Arg::new("max-length").long("max-length").value_name("TOKENS").value_parser(value_parser!(usize)).help("Longest input (default: as the model was trained, or the task's own)"))
                 .arg(Arg::new("batch-size").long("batch-size").value_name("N").value_parser(value_parser!(u16).range(1..)).default_value("32").help("Examples at a time")),
         )
         .subcommand(
@@ -275,7 +275,8 @@ fn check_labels(model: &Model, dir: &Path, task: &Task) -> Result<()> {
     )))
 }
 
-/// Reads a split of the task, at the length the settings, the task and the model allow.
+/// Reads a split of the task, at the length that is set, else the one the model was trained on the task with,
+/// else the task's own, as far as the model allows.
 pub(crate) fn load_data(
     task: &'static Task,
     dir: &Path,
@@ -290,7 +291,8 @@ pub(crate) fn load_data(
             "data.max_length is {asked} and the model takes {limit} tokens; lower it"
         )));
     }
-    task.load(dir, split, tokenizer, max_length.unwrap_or(task.max_len).min(limit))
+    let trained = model.max_length.filter(|_| model.task.as_deref() == Some(task.name));
+    task.load(dir, split, tokenizer, max_length.or(trained).unwrap_or(task.max_len).min(limit))
 }
 
 /// The command line as it was typed, quoted for a shell.

@@ -35,7 +35,7 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
     let scores = dataset.score(&outputs);
     if m.get_flag("json") {
         let object = json!({ "event": "scored", "model": dir.display().to_string(), "stage": model.stage, "task": task.name, "split": split.to_string(),
-            "examples": dataset.examples.len(), "seconds": seconds, "scores": scores });
+            "examples": dataset.examples.len(), "max_length": dataset.max_length, "seconds": seconds, "scores": scores });
         out(object);
     } else {
         out(format_args!(

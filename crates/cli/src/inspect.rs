@@ -38,7 +38,7 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
         let sizes = packed.map(|p| {
             json!({ "packed_bits": p.packed_bits, "dense_fp16_bits": p.dense_fp16_bits, "scale_bits": p.scale_bits, "rest_bits": p.rest_bits })
         });
-        let object = json!({ "event": "inspect", "model": dir.display().to_string(), "family": family, "stage": model.stage, "task": model.task,
+        let object = json!({ "event": "inspect", "model": dir.display().to_string(), "family": family, "stage": model.stage, "task": model.task, "trained_max_length": model.max_length,
             "attention": model.attention.map(|p| p.to_string()), "head": head, "layers": s.layers, "hidden": s.hidden, "heads": s.heads,
             "vocabulary": spec.vocab, "max_length": spec.max_length(), "parameters": parameters, "compressible_linears": linears.len() - dense.len(),
             "compressible_parameters": elements, "left_dense": dense, "untrained": model.fresh, "unused": model.unused,
@@ -57,7 +57,10 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
     ));
     out(format_args!(
         "  head: {head}{}",
-        model.task.as_ref().map_or(String::new(), |t| format!(", trained on {t}"))
+        model.task.as_ref().map_or(String::new(), |t| {
+            let length = model.max_length.map_or(String::new(), |n| format!(" at up to {n} tokens"));
+            format!(", trained on {t}{length}")
+        })
     ));
     if let Some(p) = model.attention {
         out(format_args!("  attention keeps {p}"));

@@ -316,6 +316,7 @@ impl Run<'_> {
             round_dense(&mut model.params)?;
         }
         model.task = Some(self.task.name.into());
+        model.max_length = self.train.max_length;
         model.fresh.clear();
         let scores = self.score(&model, name, watch)?;
         // The folder below may be the last thing that this process finishes.

@@ -152,7 +152,7 @@ table! {
     /// How examples are cut to length.
     pub struct Data {
         /// Longest input in tokens; longer ones are cut, or split into windows where the task does that
-        /// ("none": the task's own, 128 for GLUE and 384 for SQuAD).
+        /// ("none": as the model was trained on the task, or the task's own, 128 for GLUE and 384 for SQuAD).
         max_length: Option<usize> = None, 8.0..=65536.0;
     }
 }

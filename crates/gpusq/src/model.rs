@@ -71,6 +71,8 @@ pub struct Model {
     pub attention: Option<Pattern>,
     /// Name of the task it was trained on, if any.
     pub task: Option<String>,
+    /// Longest input, in tokens, that it was trained on the task with, if that is known.
+    pub max_length: Option<usize>,
     /// Head weights the checkpoint did not have, which hold random values until they are trained.
     pub fresh: Vec<String>,
     /// Tensors of the checkpoint that the specification has no place for.
@@ -85,6 +87,9 @@ struct Manifest {
     stage: Stage,
     attention: Option<String>,
     task: Option<String>,
+    /// Manifests of early versions do not have it.
+    #[serde(default)]
+    max_length: Option<usize>,
     program: String,
 }
 
@@ -138,14 +143,14 @@ impl Model {
         }
         let config = Config::read(dir)?;
         let spec = (arch::find(&config)?.spec)(&config)?;
-        let (stage, attention, task) = match Manifest::read(dir)? {
+        let (stage, attention, task, max_length) = match Manifest::read(dir)? {
             Some(m) => {
                 let pattern = m.attention.as_deref().map(str::parse).transpose();
                 let pattern = pattern
                     .map_err(|e: Error| Error::file(dir.join(MANIFEST_FILE), format!("`attention`: {e}")))?;
-                (m.stage, pattern, m.task)
+                (m.stage, pattern, m.task, m.max_length)
             }
-            None => (Stage::Dense, None, None),
+            None => (Stage::Dense, None, None, None),
         };
         let mut model = Model {
             spec,
@@ -154,6 +159,7 @@ impl Model {
             stage,
             attention,
             task,
+            max_length,
             fresh: Vec::new(),
             unused: Vec::new(),
         };
@@ -190,6 +196,7 @@ impl Model {
             stage: Stage::Dense,
             attention: None,
             task: None,
+            max_length: None,
             fresh: Vec::new(),
             unused: Vec::new(),
         })
@@ -356,6 +363,7 @@ impl Model {
             stage: self.stage,
             attention: self.attention.map(|p| p.to_string()),
             task: self.task.clone(),
+            max_length: self.max_length,
             program: concat!("gpusq ", env!("CARGO_PKG_VERSION")).into(),
         };
         write_json(&dir.join(MANIFEST_FILE), &manifest)
@@ -487,13 +495,17 @@ impl Manifest {
             );
             return Err(Error::file(path, message));
         }
-        serde_json::from_str(text).map_err(|e| {
+        let manifest: Manifest = serde_json::from_str(text).map_err(|e| {
             Error::line(
                 path,
                 e.line(),
                 format!("not a manifest of gpusq: {e}; copy the folder again from its source"),
             )
-        })
+        })?;
+        if manifest.max_length == Some(0) {
+            return Err(Error::file(path, "`max_length` is 0; it must be null or at least 1"));
+        }
+        Ok(manifest)
     }
 }
 

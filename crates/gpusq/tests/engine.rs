@@ -81,6 +81,7 @@ fn with_spec(spec: TransformerSpec, config: Config, seed: u64) -> Model {
         stage: Stage::Dense,
         attention: None,
         task: None,
+        max_length: None,
         fresh: Vec::new(),
         unused: Vec::new(),
     }

@@ -7,9 +7,13 @@ use gpusq::model::Model;
 use gpusq::task::{Split, Tokenizer, task};
 use serde_json::Value;
 
-use crate::tiny::{compressed, data, dense, run, start, train, tree};
+use crate::tiny::{compressed, data, dense, model, run, start, train, tree};
 
 fn eval(dir: &Path, split: &str) -> Value {
+    eval_with(dir, split, &[])
+}
+
+fn eval_with(dir: &Path, split: &str, more: &[String]) -> Value {
     let data = data();
     let args = [
         "eval",
@@ -21,7 +25,7 @@ fn eval(dir: &Path, split: &str) -> Value {
         split,
         "--json",
     ];
-    let done = run(&args.map(String::from));
+    let done = run(&[&args.map(String::from)[..], more].concat());
     done.ok();
     assert_eq!(done.events().len(), 1);
     done.event("scored")
@@ -69,6 +73,31 @@ fn every_stage_is_inspected() {
         );
         assert_eq!(run(&args[..2]).code, Some(0));
     }
+}
+
+#[test]
+fn later_commands_use_the_length_a_model_was_trained_with() {
+    let dir = tempfile::tempdir().unwrap();
+    let (short, pruned) = (dir.path().join("short"), dir.path().join("pruned"));
+    let few = ["--max-steps", "2"].map(String::from);
+    let args =
+        [&train("finetune", &model(), &short)[..], &few, &["--data.max-length", "8"].map(String::from)];
+    run(&args.concat()).ok();
+    assert_eq!(eval(&short, "dev")["max_length"], 8);
+    let done = run(&[&train("prune", &short, &pruned)[..], &few].concat());
+    done.ok();
+    assert_eq!(done.event("preflight")["preflight"]["longest"], 8);
+    assert_eq!(eval(&pruned, "dev")["max_length"], 8);
+    let whole = ["--max-length", "32"].map(String::from);
+    assert_eq!(eval_with(&pruned, "dev", &whole)["max_length"], 32, "what is asked for comes first");
+
+    // A manifest from before the length was kept: the task's own, as far as the model goes.
+    let manifest = short.join("gpusq.json");
+    let text = std::fs::read_to_string(&manifest).unwrap();
+    let old: String = text.lines().filter(|l| !l.contains("max_length")).collect();
+    assert!(text.contains("\"max_length\": 8"), "{text}");
+    std::fs::write(&manifest, old).unwrap();
+    assert_eq!(eval(&short, "dev")["max_length"], 32);
 }
 
 #[test]

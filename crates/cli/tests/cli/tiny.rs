@@ -89,8 +89,8 @@ fn write_model(dir: &Path) {
         params.insert(name, Weight::Dense(value));
     }
     let (fresh, unused) = (Vec::new(), Vec::new());
-    let model =
-        Model { spec, params, config, stage: Stage::Dense, attention: None, task: None, fresh, unused };
+    let (stage, attention, task, max_length) = (Stage::Dense, None, None, None);
+    let model = Model { spec, params, config, stage, attention, task, max_length, fresh, unused };
     model.save(dir, None).unwrap();
     // Other programs' checkpoints have no manifest.
     std::fs::remove_file(dir.join("gpusq.json")).unwrap();
