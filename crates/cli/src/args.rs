@@ -238,7 +238,8 @@ pub(crate) fn load_model(dir: &Path) -> Result<(Model, Tokenizer)> {
     Ok((model, tokenizer))
 }
 
-/// Refuses a model whose head was never trained, or for something else than `task`.
+/// Refuses a model whose head was never trained, or for something else than `task`: tasks with as many classes
+/// have the same head.
 pub(crate) fn need_trained_head(model: &Model, dir: &Path, task: &Task) -> Result<()> {
     let fits = match (&model.spec.head, task.head) {
         (Head::Classify { outputs, .. }, HeadKind::Classes(n)) => *outputs == n,
@@ -246,6 +247,15 @@ pub(crate) fn need_trained_head(model: &Model, dir: &Path, task: &Task) -> Resul
         (Head::Span, HeadKind::Span) => true,
         _ => false,
     };
+    if let Some(other) = model.task.as_deref().filter(|t| *t != task.name) {
+        return Err(Error::Mismatch(format!(
+            "{} was trained on {other} and has no trained head for {}; use --task {other} with its data, or run \
+             `gpusq finetune` on it for {} first",
+            dir.display(),
+            task.name,
+            task.name
+        )));
+    }
     if fits && model.fresh.is_empty() {
         return check_labels(model, dir, task);
     }

@@ -285,7 +285,14 @@ fn commands_refuse_models_of_the_wrong_stage() {
     let mut i = Inputs::of("quantize", &pruned);
     let at = i.args.iter().position(|a| a == "sst2").unwrap();
     i.args[at] = "mnli".into();
-    i.fails(1, &["no trained head for mnli"]);
+    i.fails(1, &["trained on sst2", "no trained head for mnli"]);
+    // With as many classes only the manifest tells.
+    for (command, from) in [("prune", dense()), ("compress", dense()), ("quantize", pruned)] {
+        let mut i = Inputs::of(command, &from);
+        let at = i.args.iter().position(|a| a == "sst2").unwrap();
+        i.args[at] = "cola".into();
+        i.fails(1, &[i.path("model").to_str().unwrap(), "trained on sst2", "for cola", "gpusq finetune"]);
+    }
     // What compress wrote is not itself a model.
     Inputs::of("prune", &all).fails(1, &["config.json", "packed"]);
 }
@@ -334,7 +341,8 @@ fn eval_and_inspect_refuse_what_they_cannot_use() {
     };
     eval(&dense(), &["--split", "test"]).fails(2, &["test", "train or dev"]);
     eval(&dense(), &["--task", "nope"]).fails(2, &["nope"]);
-    eval(&dense(), &["--task", "mnli"]).fails(1, &["no trained head for mnli"]);
+    eval(&dense(), &["--task", "mnli"]).fails(1, &["trained on sst2", "no trained head for mnli"]);
+    eval(&dense(), &["--task", "cola"]).fails(1, &["trained on sst2", "no trained head for cola"]);
     eval(&dense(), &["--batch-size", "0"]).fails(2, &["--batch-size"]);
     eval(&dense(), &["--max-length", "1"]).fails(2, &["1 tokens"]);
     eval(&model(), &["--task", "sst2"])
