@@ -3,13 +3,13 @@
 use gpusq_tensor::ops::masked::MaskGradient;
 use gpusq_tensor::{Tape, Tensor};
 
-use crate::Result;
 use crate::engine::Engine;
 use crate::forward::{Bound, TapSet, forward};
 use crate::inputs::Inputs;
 use crate::model::Model;
 use crate::task::{Dataset, HeadKind};
 use crate::train::batch::{by_length, collate};
+use crate::{Error, Result};
 
 /// From inputs to logits.
 type Run<'a> = Box<dyn Fn(&Inputs) -> Result<Tensor> + 'a>;
@@ -19,7 +19,7 @@ type Run<'a> = Box<dyn Fn(&Inputs) -> Result<Tensor> + 'a>;
 /// is told how many are done.
 ///
 /// # Errors
-/// What the engine says of a packed model it cannot run.
+/// What the engine says of a packed model it cannot run; outputs that are not finite, which have no score.
 pub fn predict(
     model: &Model,
     data: &Dataset,
@@ -54,6 +54,16 @@ pub fn predict(
                     starts.chain(own.iter().skip(1).step_by(2)).copied().collect()
                 }
             };
+            if outputs[i].iter().any(|x| !x.is_finite()) {
+                let folder = model.config.path().parent().unwrap_or(model.config.path());
+                let message = format!(
+                    "its outputs for example {} of the {} split are not finite numbers, so that there is no score; \
+                     its config.json or weights are spoilt, or its training went wrong: copy or train it again",
+                    i + 1,
+                    data.split
+                );
+                return Err(Error::file(folder, message));
+            }
         }
         done += which.len();
         watch(done);

@@ -137,6 +137,37 @@ fn spoilt_weights_are_refused() {
 }
 
 #[test]
+fn outputs_that_are_not_finite_have_no_score_and_no_training() {
+    let huge = |i: &Inputs, file: &str| {
+        let mut bytes = fs::read(i.path(file)).unwrap();
+        let len = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let header: Value = serde_json::from_slice(&bytes[8..8 + len]).unwrap();
+        let name = ["bert.embeddings.LayerNorm.weight", "head.out.weight.scale"]
+            .into_iter()
+            .find(|n| header[n].is_object())
+            .unwrap();
+        let at = |k: usize| 8 + len + header[name]["data_offsets"][k].as_u64().unwrap() as usize;
+        let (from, to) = (at(0), at(1));
+        bytes[from..to].chunks_exact_mut(4).for_each(|b| b.copy_from_slice(&3e38f32.to_le_bytes()));
+        fs::write(i.path(file), bytes).unwrap();
+    };
+    for (from, file) in
+        [(dense(), "model/model.safetensors"), (compressed().join("packed"), "model/model.gpusq.safetensors")]
+    {
+        let i = Inputs::of("eval", &from);
+        huge(&i, file);
+        let (folder, data) = (i.path("model"), i.path("data"));
+        let args = ["eval", "--model", folder.to_str().unwrap(), "--data", data.to_str().unwrap(), "--json"];
+        run(&args.map(String::from)).fails(1, &[folder.to_str().unwrap(), "not finite", "dev split"]);
+    }
+    let i = Inputs::of("finetune", &model());
+    huge(&i, "model/model.safetensors");
+    let done = run(&i.args);
+    done.fails(1, &[i.path("model").to_str().unwrap(), "at step 1", "own outputs"]);
+    assert!(!done.stderr.contains("learning rate"), "{}", done.stderr);
+}
+
+#[test]
 fn spoilt_configurations_and_vocabularies_are_refused() {
     let config = "model/config.json";
     let new = || Inputs::of("finetune", &model());
@@ -149,6 +180,9 @@ fn spoilt_configurations_and_vocabularies_are_refused() {
     let i = new();
     i.replace(config, "\"hidden_size\": 32", "\"hidden_size\": 1000000000000");
     i.fails(1, &[i.path(config).to_str().unwrap(), "hidden_size"]);
+    let i = new();
+    i.replace(config, "1e-12", "-1");
+    i.fails(1, &[i.path(config).to_str().unwrap(), "layer_norm_eps", "-1"]);
     let i = new();
     fs::remove_file(i.path(config)).unwrap();
     i.fails(1, &[i.path("model").to_str().unwrap(), "config.json"]);

@@ -41,7 +41,7 @@ pub(super) fn encoder(c: &Config, numbering: Numbering) -> Result<Stack> {
         gated: false,
         qkv_bias: true,
         bias: true,
-        norm: Norm::Layer { eps: c.float_or("layer_norm_eps", 1e-12)? as f32 },
+        norm: Norm::Layer { eps: c.epsilon_or("layer_norm_eps", 1e-12)? },
         order: NormOrder::Post,
         final_norm: false,
         causal: false,

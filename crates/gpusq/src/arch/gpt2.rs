@@ -32,7 +32,7 @@ fn spec(c: &Config) -> Result<TransformerSpec> {
         gated: false,
         qkv_bias: true,
         bias: true,
-        norm: Norm::Layer { eps: c.float_or("layer_norm_epsilon", 1e-5)? as f32 },
+        norm: Norm::Layer { eps: c.epsilon_or("layer_norm_epsilon", 1e-5)? },
         order: NormOrder::Pre,
         final_norm: true,
         causal: true,

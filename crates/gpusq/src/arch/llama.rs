@@ -82,7 +82,7 @@ fn spec(c: &Config) -> Result<TransformerSpec> {
         gated: true,
         qkv_bias: false,
         bias: false,
-        norm: Norm::Rms { eps: c.float_or("rms_norm_eps", 1e-6)? as f32 },
+        norm: Norm::Rms { eps: c.epsilon_or("rms_norm_eps", 1e-6)? },
         order: NormOrder::Pre,
         final_norm: true,
         causal: true,

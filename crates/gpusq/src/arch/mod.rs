@@ -189,6 +189,12 @@ impl Config {
         }
     }
 
+    /// What a norm adds to a variance: as f32 above 0, without which a constant row has no root.
+    fn epsilon_or(&self, key: &str, default: f64) -> Result<f32> {
+        let eps = self.float_or(key, default)? as f32;
+        if eps > 0.0 && eps.is_finite() { Ok(eps) } else { Err(self.wrong(key, "a small positive number")) }
+    }
+
     fn probability_or(&self, key: &str, default: f64) -> Result<f32> {
         let p = self.float_or(key, default)?;
         if (0.0..1.0).contains(&(p as f32)) {
@@ -330,6 +336,35 @@ mod tests {
         let c = Config::parse(Path::new("x/config.json"), r#"{"model_type":"mamba"}"#).unwrap();
         let e = find(&c).err().unwrap().to_string();
         assert!(e.contains("x/config.json") && e.contains("mamba") && e.contains("distilbert"), "{e}");
+    }
+
+    #[test]
+    fn a_norm_needs_a_positive_epsilon() {
+        let bert = r#""model_type":"bert","num_attention_heads":2,"num_hidden_layers":1,"intermediate_size":8,
+            "max_position_embeddings":8,"type_vocab_size":2"#;
+        let llama =
+            r#""model_type":"llama","num_attention_heads":2,"num_hidden_layers":1,"intermediate_size":8"#;
+        let gpt2 = r#""model_type":"gpt2","n_embd":8,"n_head":2,"n_layer":1,"n_positions":8"#;
+        let roberta = bert.replace("bert", "roberta");
+        let families = [
+            (bert, "layer_norm_eps"),
+            (&roberta, "layer_norm_eps"),
+            (gpt2, "layer_norm_epsilon"),
+            (llama, "rms_norm_eps"),
+        ];
+        for (family, key) in families {
+            let read = |eps: &str| {
+                let text = format!("{{{family},\"vocab_size\":8,\"hidden_size\":8,\"{key}\":{eps}}}");
+                let c = Config::parse(Path::new("config.json"), &text).unwrap();
+                (find(&c).unwrap().spec)(&c).map(|_| ()).map_err(|e| e.to_string())
+            };
+            assert_eq!(read("1e-5"), Ok(()));
+            // The last two are 0 and infinite in f32.
+            for eps in ["-1", "0", "1e-60", "1e60"] {
+                let e = read(eps).unwrap_err();
+                assert!(e.contains("config.json") && e.contains(key) && e.contains("positive"), "{e}");
+            }
+        }
     }
 
     #[test]

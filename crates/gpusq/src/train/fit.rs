@@ -175,6 +175,17 @@ impl<'a> Stepper<'a> {
         let out = forward(&tape, &self.spec, &bound, student.attention, &batch.inputs, taps);
         let l = loss(&tape, &how.mix, &out, taught.as_ref(), &batch.targets, tokens);
         let terms = l.terms;
+        if !terms.total.is_finite() && step == 0 {
+            let message = format!(
+                "the loss is {} at step 1, before any weight was trained: the model's own outputs are not finite; \
+                 check its config.json and weights, or copy it again",
+                terms.total
+            );
+            return Err(Error::file(
+                student.config.path().parent().unwrap_or(student.config.path()),
+                message,
+            ));
+        }
         if !terms.total.is_finite() {
             return Err(Error::Mismatch(format!(
                 "the loss is {} at step {}; lower the learning rate (now {}) or raise the warm-up{}",
