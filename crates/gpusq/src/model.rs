@@ -252,6 +252,13 @@ impl Model {
             self.params.insert(entry.ours, Weight::Dense(ours));
         }
         let quantized = self.stage == Stage::Quantized;
+        if let Some(scale) = checkpoint.names().find(|n| n.starts_with("gpusq.")).filter(|_| !quantized) {
+            return Err(Error::tensor(
+                checkpoint.path(),
+                scale,
+                self.other_stage("is a step size, which only a quantized model has"),
+            ));
+        }
         if self.stage != Stage::Dense {
             for linear in self.spec.linears().iter().filter(|l| compressible(l).is_none()) {
                 let name = format!("{}.weight", linear.name);
@@ -299,7 +306,15 @@ impl Model {
         Ok(())
     }
 
+    /// What is stored against what the manifest says.
+    fn other_stage(&self, stored: &str) -> String {
+        let stage = serde_json::to_value(self.stage).expect("plain data serialises");
+        format!("{stored}, and {MANIFEST_FILE} says {stage}; copy the folder again from its source")
+    }
+
     fn check_packed(&self, path: &Path) -> Result<()> {
+        let linears: BTreeMap<String, Linear> =
+            self.spec.linears().into_iter().map(|l| (format!("{}.weight", l.name), l)).collect();
         for (name, shape) in self.spec.weights() {
             let found = match self.params.get(&name) {
                 None => return Err(Error::tensor(path, name, "is missing; is config.json this model's?")),
@@ -313,6 +328,21 @@ impl Model {
                     name,
                     format!("has shape {found:?}; config.json asks for {shape:?}"),
                 ));
+            }
+            let stored = match self.params.get(&name) {
+                Some(Weight::Packed(p)) if p.scale.is_some() => Some(Stage::PackedInt8),
+                Some(Weight::Packed(_)) => Some(Stage::PackedF16),
+                _ => None,
+            };
+            let wanted = linears.get(&name).filter(|l| compressible(l).is_none()).map(|_| self.stage);
+            if stored != wanted {
+                let stored =
+                    stored.map_or("is stored dense".into(), |s| format!("is stored as {}", s.title()));
+                let message = match wanted {
+                    Some(_) => self.other_stage(&stored),
+                    None => format!("{stored}; only weights of linear maps may be packed"),
+                };
+                return Err(Error::tensor(path, name, message));
             }
         }
         self.check_scales(path)

@@ -5,12 +5,18 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use gpusq::Result;
+use gpusq::compress::{calibration, prune_weights};
+use gpusq::config::Config;
 use gpusq::format::packed::{
     pack_f16, pack_int8, read_packed, round_dense, sizes, unpack_codes, unpack_f32, write_packed,
 };
 use gpusq::format::safetensors::{Checkpoint, Dtype, write_safetensors};
+use gpusq::model::Model;
 use gpusq::params::{Params, Weight};
+use gpusq::quant::calibrate;
+use gpusq::task::{Example, HeadKind, Target};
 use gpusq::tensor::{Tensor, f16};
+use gpusq::train::batch::collate;
 
 type Tensors = Vec<(String, Tensor)>;
 
@@ -365,6 +371,68 @@ fn written(params: &Params, path: &Path) -> Vec<u8> {
     let metadata = [("seed".to_string(), "7".to_string()), ("model".to_string(), "tiny".to_string())].into();
     write_packed(path, params, &metadata).unwrap();
     std::fs::read(path).unwrap()
+}
+
+#[test]
+fn rule_24_what_is_stored_must_be_of_the_stage() {
+    let text = r#"{"model_type":"bert","architectures":["BertModel"],"vocab_size":24,"hidden_size":8,
+        "num_hidden_layers":1,"num_attention_heads":2,"intermediate_size":16,"max_position_embeddings":8}"#;
+    let config = gpusq::arch::Config::parse(Path::new("config.json"), text).unwrap();
+    let mut dense = Model::random(config, 3).unwrap();
+    dense.set_head(HeadKind::Classes(2), 3).unwrap();
+    let mut pruned = dense.clone();
+    prune_weights(&mut pruned, &Config::default().prune, &[]).unwrap();
+    let mut quantized = pruned.clone();
+    let example = Example { ids: vec![2, 7, 9, 3], types: vec![0; 4], target: Target::Class(0) };
+    let batch = collate(&[example], &[0], HeadKind::Classes(2), 0);
+    calibrate(&mut quantized, &[batch.inputs], &calibration(&Config::default().quantize));
+
+    let (half, int8) = (pruned.packed().unwrap(), quantized.packed().unwrap());
+    let weight = "encoder.0.attn.q.weight";
+    for (model, is, says, tensor) in [
+        (&half, "packed-f16", "packed-int8", weight),
+        (&int8, "packed-int8", "packed-f16", weight),
+        (&quantized, "quantized", "pruned", "gpusq."),
+        (&quantized, "quantized", "dense", "gpusq."),
+        (&pruned, "pruned", "quantized", "gpusq."),
+        (&dense, "dense", "pruned", weight),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        model.save(dir.path(), None).unwrap();
+        Model::load(dir.path()).unwrap();
+        let manifest = dir.path().join("gpusq.json");
+        let text = std::fs::read_to_string(&manifest).unwrap();
+        assert!(text.contains(is), "{text}");
+        std::fs::write(&manifest, text.replace(is, says)).unwrap();
+        let error = Model::load(dir.path()).unwrap_err().to_string();
+        assert!(error.contains(&format!("tensor `{tensor}")), "{is} as {says}: {error}");
+        assert!(error.contains(dir.path().to_str().unwrap()), "{error}");
+    }
+
+    // One weight dense that should be packed, and one packed that should be dense.
+    for (name, with, reason) in [
+        (weight, "embed.word", "is stored dense, and gpusq.json says \"packed-f16\""),
+        ("encoder.embed.type", weight, "only weights of linear maps may be packed"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut changed = half.clone();
+        let shape = match changed.params.get(name).unwrap() {
+            Weight::Packed(p) => vec![p.values.shape()[0], p.cols],
+            _ => changed.params.dense(name).shape().to_vec(),
+        };
+        let weight = match half.params.get(with).unwrap() {
+            Weight::Packed(_) => {
+                let mask = [1, 1, 0, 0].repeat(shape[0] * shape[1] / 4);
+                let mask = Tensor::from_u8(mask, &shape);
+                Weight::Packed(pack_f16(&Tensor::full(&shape, 1.0), &mask, name).unwrap())
+            }
+            _ => Weight::Dense(Tensor::full(&shape, 1.0)),
+        };
+        changed.params.insert(name, weight);
+        changed.save(dir.path(), None).unwrap();
+        let error = Model::load(dir.path()).unwrap_err().to_string();
+        assert!(error.contains(name) && error.contains(reason), "{error}");
+    }
 }
 
 #[test]
