@@ -94,12 +94,7 @@ pub fn prune_weights(model: &mut Model, settings: &config::Prune, samples: &[Inp
         )));
     }
     let entry = sparsity::criterion(settings.criterion)?;
-    if settings.mask_update_every > 0 && entry.name != "magnitude" {
-        return Err(Error::Config(format!(
-            "prune.mask_update_every chooses masks by magnitude and prune.criterion is `{}`; set one of them to its default",
-            entry.name
-        )));
-    }
+    settings.check()?;
     let criterion = (entry.build)();
     untie(model);
     let mut stats: BTreeMap<String, InputStats> = BTreeMap::new();
@@ -171,10 +166,7 @@ fn mix(d: &config::Distill) -> Result<Mix> {
     if !d.enabled {
         return Ok(Mix::HARD);
     }
-    if d.alpha == 0.0 && d.beta == 0.0 && d.gamma == 0.0 {
-        let message = "distill.alpha, beta and gamma are all 0, which trains nothing; raise one of them";
-        return Err(Error::Config(message.into()));
-    }
+    d.check()?;
     Ok(Mix {
         alpha: d.alpha as f32,
         beta: d.beta as f32,

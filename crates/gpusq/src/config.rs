@@ -262,6 +262,30 @@ macro_rules! seed_doc {
     };
 }
 
+impl Prune {
+    /// Refuses settings that are each allowed and not together.
+    pub(crate) fn check(&self) -> Result<()> {
+        if self.mask_update_every > 0 && self.criterion != "magnitude" {
+            return Err(Error::Config(format!(
+                "prune.mask_update_every chooses masks by magnitude and prune.criterion is `{}`; set one of them to its default",
+                self.criterion
+            )));
+        }
+        Ok(())
+    }
+}
+
+impl Distill {
+    /// As [`Prune::check`].
+    pub(crate) fn check(&self) -> Result<()> {
+        if self.enabled && self.alpha == 0.0 && self.beta == 0.0 && self.gamma == 0.0 {
+            let message = "distill.alpha, beta and gamma are all 0, which trains nothing; raise one of them";
+            return Err(Error::Config(message.into()));
+        }
+        Ok(())
+    }
+}
+
 /// Everything that decides a run apart from its model, task and data.
 ///
 /// Serialises as the tables of a configuration file; reading back is as strict as [`Config::load`].
@@ -341,7 +365,7 @@ impl Config {
     /// [`Error::Io`] if the file cannot be read; [`Error::Line`] if it is not TOML, has an unknown key (the
     /// nearest known one and all valid ones are named), or a value of the wrong kind or out of range (both
     /// what was found and what is allowed are named); [`Error::Config`] for the same in `overrides` and for
-    /// an unknown preset.
+    /// an unknown preset, and for settings that exclude each other.
     pub fn load(path: Option<&Path>, preset: Option<&str>, overrides: &[(String, String)]) -> Result<Self> {
         let mut config = Config::default();
         if let Some(name) = preset {
@@ -360,6 +384,8 @@ impl Config {
         for (key, value) in overrides {
             config.set(key, value)?;
         }
+        config.prune.check()?;
+        config.distill.check()?;
         Ok(config)
     }
 

@@ -299,6 +299,20 @@ fn flags_reach_a_setting_of_the_command_or_are_refused() {
 }
 
 #[test]
+fn settings_that_exclude_each_other_are_refused_before_anything_is_written() {
+    for command in ["compress", "prune"] {
+        let mut i = Inputs::of(command, &dense());
+        i.args.extend(["--prune.criterion", "wanda", "--prune.mask-update-every", "1"].map(String::from));
+        i.fails(2, &["prune.mask_update_every", "`wanda`"]);
+        let mut i = Inputs::of(command, &dense());
+        for term in ["alpha", "beta", "gamma"] {
+            i.args.extend([format!("--distill.{term}"), "0".into()]);
+        }
+        i.fails(2, &["distill.alpha, beta and gamma", "raise one"]);
+    }
+}
+
+#[test]
 fn commands_refuse_models_of_the_wrong_stage() {
     let all = compressed();
     let pruned = all.join("pruned");
