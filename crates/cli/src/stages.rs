@@ -94,6 +94,7 @@ impl Start {
             batch,
             teacher,
             stages,
+            self.command != "finetune",
             &self.out,
         )?;
         let held = self.run().open(self.command, &self.model)?;

@@ -5,8 +5,11 @@ use std::path::Path;
 
 use serde::Serialize;
 
+use crate::arch;
 use crate::format::atomic::free_space;
+use crate::format::packed::beyond_f16;
 use crate::model::{Model, compressible};
+use crate::params::Weight;
 use crate::spec::Stack;
 use crate::task::{Dataset, Tokenizer};
 use crate::{Error, Result};
@@ -35,10 +38,11 @@ pub struct Preflight {
 }
 
 /// Checks that `model` can be trained on `train` with batches of `batch`, under a teacher or not, for
-/// `stages` stages into `out`.
+/// `stages` stages into `out`; `compresses` says that they compress.
 ///
 /// # Errors
-/// [`Error::Mismatch`] if tokenizer or examples do not fit the model, [`Error::File`] if the disk is too
+/// [`Error::Mismatch`] if tokenizer or examples do not fit the model, [`Error::Tensor`] if a weight
+/// does not fit the packed form, [`Error::File`] if the disk is too
 /// full; each says what to do.
 pub fn preflight(
     model: &Model,
@@ -48,9 +52,13 @@ pub fn preflight(
     batch: usize,
     teacher: bool,
     stages: u64,
+    compresses: bool,
     out: &Path,
 ) -> Result<Preflight> {
     check_fit(model, tokenizer, &[train, dev])?;
+    if compresses {
+        check_range(model)?;
+    }
     let spec = &model.spec;
     let parameters = spec.weights().iter().map(|(_, s)| s.iter().product::<usize>()).sum::<usize>();
     let (mut compressed, mut compressed_parameters, mut left_dense) =
@@ -142,6 +150,24 @@ pub fn check_fit(model: &Model, tokenizer: &Tokenizer, data: &[&Dataset]) -> Res
                 e.ids.len()
             )));
         }
+    }
+    Ok(())
+}
+
+/// Refuses weights that the f16 of a packed model cannot hold, before hours of training end at them.
+fn check_range(model: &Model) -> Result<()> {
+    for (name, weight) in model.params.iter() {
+        let (Weight::Dense(t) | Weight::Masked { value: t, .. }) = weight else { continue };
+        let Some(x) = beyond_f16(t).filter(|_| t.shape().len() >= 2) else { continue };
+        let entries = (arch::find(&model.config)?.tensors)(&model.spec);
+        let stored = entries.into_iter().find(|e| e.ours == name).map_or(name.to_string(), |e| e.theirs);
+        let file = model.config.path().with_file_name("model.safetensors");
+        let folder = model.config.path().parent().unwrap_or(&file);
+        let message = format!(
+            "holds {x:e}, and a packed model keeps f16, at most 65504; clip the weight, or train the model again \
+             with a lower learning rate or more weight decay"
+        );
+        return Err(Error::tensor(if file.is_file() { &file } else { folder }, stored, message));
     }
     Ok(())
 }

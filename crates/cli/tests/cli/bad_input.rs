@@ -168,6 +168,24 @@ fn outputs_that_are_not_finite_have_no_score_and_no_training() {
 }
 
 #[test]
+fn weights_beyond_f16_are_refused_before_a_stage_is_trained() {
+    for (command, from) in
+        [("compress", dense()), ("prune", dense()), ("quantize", compressed().join("pruned"))]
+    {
+        let i = Inputs::of(command, &from);
+        let file = i.path("model/model.safetensors");
+        let mut bytes = fs::read(&file).unwrap();
+        let len = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let header: Value = serde_json::from_slice(&bytes[8..8 + len]).unwrap();
+        let name = "bert.embeddings.word_embeddings.weight";
+        let at = 8 + len + header[name]["data_offsets"][0].as_u64().unwrap() as usize + 12;
+        bytes[at..at + 4].copy_from_slice(&1e30f32.to_le_bytes());
+        fs::write(&file, bytes).unwrap();
+        i.fails(1, &[file.to_str().unwrap(), name, "1e30", "65504", "clip"]);
+    }
+}
+
+#[test]
 fn spoilt_configurations_and_vocabularies_are_refused() {
     let config = "model/config.json";
     let new = || Inputs::of("finetune", &model());

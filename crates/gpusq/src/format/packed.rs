@@ -295,7 +295,8 @@ pub fn round_dense(params: &mut Params) -> Result<()> {
     Ok(())
 }
 
-fn beyond_f16(tensor: &Tensor) -> Option<f32> {
+/// The first element of `tensor` that is finite and has no finite f16.
+pub(crate) fn beyond_f16(tensor: &Tensor) -> Option<f32> {
     tensor.f32().iter().copied().find(|x| x.is_finite() && f16::from_f32(*x).is_infinite())
 }
 
