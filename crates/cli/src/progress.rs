@@ -43,12 +43,16 @@ impl Progress {
     }
 
     pub(crate) fn preflight(&mut self, p: &Preflight) {
+        let maps: usize = p.compressed.iter().map(|(_, n)| n).sum();
+        let share = 100.0 * p.compressed_parameters as f64 / p.parameters as f64;
+        let compresses = match maps {
+            0 => String::new(),
+            n => format!(", {n} linear maps to compress ({share:.1} % of the parameters)"),
+        };
         let mut text = format!(
-            "{} parameters, {} linear maps to compress ({:.1} % of the parameters); {} examples to train on, {} to score; \
+            "{} parameters{compresses}; {} examples to train on, {} to score; \
              longest {} tokens\nneeds about {} of memory and {} of disk",
             grouped(p.parameters as u64),
-            p.compressed.iter().map(|(_, n)| n).sum::<usize>(),
-            100.0 * p.compressed_parameters as f64 / p.parameters as f64,
             grouped(p.examples.0 as u64),
             grouped(p.examples.1 as u64),
             p.longest,
@@ -56,7 +60,9 @@ impl Progress {
             bytes(p.disk)
         );
         let names: Vec<String> = p.compressed.iter().map(|(name, n)| format!("{name} ({n})")).collect();
-        text += &format!("\ncompresses: {}", names.join(", "));
+        if !names.is_empty() {
+            text += &format!("\ncompresses: {}", names.join(", "));
+        }
         for (name, reason) in &p.left_dense {
             text += &format!("\nstays dense: {name} ({reason})");
         }

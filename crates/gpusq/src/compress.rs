@@ -459,7 +459,10 @@ impl Run<'_> {
                 stack.hidden
             ),
             task: self.task.name.into(),
-            variant: variant(model.attention),
+            variant: match model.stage {
+                Stage::Dense => "dense, nothing compressed".into(),
+                _ => variant(model.attention),
+            },
             started: Times::of(self.out)?.started,
             machine: report::Machine::current(rayon::current_num_threads()),
             version: env!("CARGO_PKG_VERSION").into(),
@@ -518,8 +521,12 @@ fn read_curve(path: &Path) -> Result<Vec<train::Point>> {
     serde_json::from_str(&text).map_err(|e| Error::line(path, e.line(), e.to_string()))
 }
 
-/// One row for each linear map: sparsity, quantisation error, step size.
+/// One row for each linear map of a compressed model: sparsity, quantisation error, step size. None for a
+/// dense one, of which nothing is compressed.
 pub fn layers(model: &Model) -> Vec<report::LayerRow> {
+    if model.stage == Stage::Dense {
+        return Vec::new();
+    }
     let row = |l: crate::spec::Linear| {
         let weight = model.params.get(&format!("{}.weight", l.name));
         let scale = match model.params.get(&l.input_scale()) {

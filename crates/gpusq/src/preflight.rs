@@ -19,7 +19,7 @@ use crate::{Error, Result};
 pub struct Preflight {
     /// Parameters of the model.
     pub parameters: usize,
-    /// Linear maps that will be compressed, block numbers replaced by `*`, with how many each name stands for.
+    /// Linear maps that will be compressed (none if the run compresses nothing), block numbers replaced by `*`, with how many each name stands for.
     pub compressed: Vec<(String, usize)>,
     /// Their elements.
     pub compressed_parameters: usize,
@@ -63,7 +63,7 @@ pub fn preflight(
     let parameters = spec.weights().iter().map(|(_, s)| s.iter().product::<usize>()).sum::<usize>();
     let (mut compressed, mut compressed_parameters, mut left_dense) =
         (Vec::<(String, usize)>::new(), 0, Vec::new());
-    for l in spec.linears() {
+    for l in spec.linears().into_iter().filter(|_| compresses) {
         match compressible(&l) {
             None => {
                 let parts = l.name.split('.').map(|p| if p.parse::<usize>().is_ok() { "*" } else { p });

@@ -101,6 +101,28 @@ fn later_commands_use_the_length_a_model_was_trained_with() {
 }
 
 #[test]
+fn a_run_that_compresses_nothing_says_nothing_of_it() {
+    let page = std::fs::read_to_string(dense().join("report.html")).unwrap();
+    assert!(page.contains("<p class=\"muted\">sst2 · dense, nothing compressed</p>"), "{page}");
+    assert!(!page.contains("GEMM weights are compressed") && !page.contains(">Kept<"), "{page}");
+    let page = std::fs::read_to_string(compressed().join("report.html")).unwrap();
+    assert!(page.contains("14 of 14 GEMM weights are compressed") && page.contains(">Kept<"), "{page}");
+
+    let dir = tempfile::tempdir().unwrap();
+    let mut said = Vec::new();
+    for (command, from) in [("finetune", model()), ("prune", dense())] {
+        let mut args = train(command, &from, &dir.path().join(command));
+        args.retain(|a| a != "--json");
+        args.extend(["--max-steps", "1"].map(String::from));
+        let done = run(&args);
+        assert_eq!(done.code, Some(0), "{}", done.stderr);
+        said.push(done.stdout.contains("to compress") && done.stdout.contains("compresses: "));
+        assert_eq!(done.stdout.contains("compress"), command == "prune", "{}", done.stdout);
+    }
+    assert_eq!(said, [false, true]);
+}
+
+#[test]
 fn single_stages_give_what_all_of_them_together_give() {
     let dir = tempfile::tempdir().unwrap();
     let (pruned, quantized) = (dir.path().join("pruned"), dir.path().join("quantized"));

@@ -30,7 +30,7 @@ pub struct RunRecord {
     /// Whether a smaller main score is better (perplexity). Differences are then counted in percent of the
     /// dense score, else in points.
     pub lower_is_better: bool,
-    /// What was made sparse: "GEMM" or "GEMM-MHA, attention 2:4".
+    /// What was made sparse: "GEMM" or "GEMM-MHA, attention 2:4"; or that nothing was.
     pub variant: String,
     /// When the run began, RFC 3339.
     pub started: String,
@@ -49,7 +49,7 @@ pub struct RunRecord {
     pub stages: Vec<Stage>,
     /// Training curves, one for each loop; loops run for an ablation may be added under their own names.
     pub curves: Vec<Curve>,
-    /// Every GEMM weight of the model.
+    /// Every GEMM weight of the model, if it was compressed.
     pub layers: Vec<LayerRow>,
     /// Sizes of the packed model, if the run packed one.
     pub sizes: Option<Sizes>,
