@@ -414,7 +414,7 @@ impl Run<'_> {
     /// What any stage meets; the run can be resumed then.
     pub fn compress(&self, dense: &Model, watch: &mut Watch) -> Result<RunRecord> {
         let mut record = self.record(dense)?;
-        record.variant = variant(self.config.prune.attention);
+        record.variant = variant(self.config.prune.attention, &self.config.distill);
         let mut clock = Instant::now();
         let scores = self.score(dense, "dense", watch)?;
         let seconds = Times::add(self.out, dense.stage, &mut clock)?;
@@ -461,7 +461,7 @@ impl Run<'_> {
             task: self.task.name.into(),
             variant: match model.stage {
                 Stage::Dense => "dense, nothing compressed".into(),
-                _ => variant(model.attention),
+                _ => variant(model.attention, &self.config.distill),
             },
             started: Times::of(self.out)?.started,
             machine: report::Machine::current(rayon::current_num_threads()),
@@ -483,9 +483,10 @@ impl Run<'_> {
     }
 }
 
-/// What the paper calls a model whose attention keeps `attention`.
-fn variant(attention: Option<Pattern>) -> String {
-    attention.map_or("GEMM".into(), |p| format!("GEMM-MHA, attention {p}"))
+/// What the paper calls a model whose attention keeps `attention`, and that it had no teacher if so.
+fn variant(attention: Option<Pattern>, distill: &config::Distill) -> String {
+    let what = attention.map_or("GEMM".into(), |p| format!("GEMM-MHA, attention {p}"));
+    if distill.enabled { what } else { format!("{what}, without distillation (labels only)") }
 }
 
 /// The report's form of a loss curve.

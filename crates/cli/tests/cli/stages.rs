@@ -123,6 +123,26 @@ fn a_run_that_compresses_nothing_says_nothing_of_it() {
 }
 
 #[test]
+fn a_report_says_that_a_run_was_without_distillation() {
+    let dir = tempfile::tempdir().unwrap();
+    for (more, subtitle) in [
+        (&["--no-distill"][..], "sst2 · GEMM, without distillation (labels only)"),
+        (
+            &["--attention", "2:4", "--no-distill"],
+            "sst2 · GEMM-MHA, attention 2:4, without distillation (labels only)",
+        ),
+        (&[], "sst2 · GEMM"),
+    ] {
+        let out = dir.path().join(more.len().to_string());
+        let few = ["--prune.max-steps", "1", "--quantize.max-steps", "1"];
+        let more: Vec<String> = few.iter().chain(more).map(|a| a.to_string()).collect();
+        run(&[train("compress", &dense(), &out), more].concat()).ok();
+        let page = std::fs::read_to_string(out.join("report.html")).unwrap();
+        assert!(page.contains(&format!("<p class=\"muted\">{subtitle}</p>")), "{subtitle}: {page}");
+    }
+}
+
+#[test]
 fn single_stages_give_what_all_of_them_together_give() {
     let dir = tempfile::tempdir().unwrap();
     let (pruned, quantized) = (dir.path().join("pruned"), dir.path().join("quantized"));

@@ -30,7 +30,8 @@ pub struct RunRecord {
     /// Whether a smaller main score is better (perplexity). Differences are then counted in percent of the
     /// dense score, else in points.
     pub lower_is_better: bool,
-    /// What was made sparse: "GEMM" or "GEMM-MHA, attention 2:4"; or that nothing was.
+    /// What was made sparse: "GEMM" or "GEMM-MHA, attention 2:4"; or that nothing was; and whether the run went
+    /// without distillation.
     pub variant: String,
     /// When the run began, RFC 3339.
     pub started: String,
