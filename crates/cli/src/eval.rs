@@ -11,7 +11,7 @@ use gpusq::{Error, Result};
 use serde_json::json;
 
 use crate::args;
-use crate::progress::out;
+use crate::progress::{counted, out};
 
 pub(crate) fn run(m: &ArgMatches) -> Result<()> {
     let split: Split = m.get_one::<String>("split").expect("has a default").parse()?;
@@ -35,15 +35,15 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
     let scores = dataset.score(&outputs);
     if m.get_flag("json") {
         let object = json!({ "event": "scored", "model": dir.display().to_string(), "stage": model.stage, "task": task.name, "split": split.to_string(),
-            "examples": dataset.examples.len(), "max_length": dataset.max_length, "seconds": seconds, "scores": scores });
+            "examples": dataset.count, "windows": dataset.examples.len(), "max_length": dataset.max_length, "seconds": seconds, "scores": scores });
         out(object);
     } else {
         out(format_args!(
-            "{} ({}) on {} {split}: {scores}; {} examples in {seconds:.1} s",
+            "{} ({}) on {} {split}: {scores}; {} in {seconds:.1} s",
             dir.display(),
             model.stage.title(),
             task.name,
-            dataset.examples.len()
+            counted(dataset.count, dataset.examples.len())
         ));
     }
     Ok(())

@@ -50,11 +50,11 @@ impl Progress {
             n => format!(", {n} linear maps to compress ({share:.1} % of the parameters)"),
         };
         let mut text = format!(
-            "{} parameters{compresses}; {} examples to train on, {} to score; \
+            "{} parameters{compresses}; {} to train on, {} to score; \
              longest {} tokens\nneeds about {} of memory and {} of disk",
             grouped(p.parameters as u64),
-            grouped(p.examples.0 as u64),
-            grouped(p.examples.1 as u64),
+            counted(p.examples.0, p.windows.0),
+            counted(p.examples.1, p.windows.1),
             p.longest,
             bytes(p.memory),
             bytes(p.disk)
@@ -151,6 +151,14 @@ impl Progress {
 /// A line on standard output. A run of hours goes on when whoever read its output is gone.
 pub(crate) fn out(line: impl std::fmt::Display) {
     let _ = writeln!(std::io::stdout(), "{line}");
+}
+
+/// Examples, and the windows they are read in where these are more.
+pub(crate) fn counted(examples: usize, windows: usize) -> String {
+    match windows == examples {
+        true => format!("{} examples", grouped(examples as u64)),
+        false => format!("{} examples in {} windows", grouped(examples as u64), grouped(windows as u64)),
+    }
 }
 
 fn clock(d: Duration) -> String {

@@ -123,7 +123,7 @@ impl Start {
             name: stage.into(),
             scores: trained.scores.0.clone(),
             wall_seconds: trained.seconds,
-            examples: self.dev.examples.len(),
+            examples: self.dev.count,
         });
         record.curves.push(compress::curve(stage, &trained.curve));
         record.layers = compress::layers(&trained.model);

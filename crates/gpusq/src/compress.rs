@@ -478,7 +478,7 @@ impl Run<'_> {
             name: name.into(),
             scores: scores.0.clone(),
             wall_seconds: seconds,
-            examples: self.dev.examples.len(),
+            examples: self.dev.count,
         }
     }
 }

@@ -25,8 +25,10 @@ pub struct Preflight {
     pub compressed_parameters: usize,
     /// Linear maps that stay dense, with the reason.
     pub left_dense: Vec<(String, String)>,
-    /// Examples to train on and to evaluate.
+    /// Examples to train on and to evaluate; of SQuAD its questions.
     pub examples: (usize, usize),
+    /// Model inputs they make: more where a long context is read in windows.
+    pub windows: (usize, usize),
     /// Longest example in tokens.
     pub longest: usize,
     /// Bytes of memory that training will need, estimated.
@@ -110,7 +112,8 @@ pub fn preflight(
         compressed,
         compressed_parameters,
         left_dense,
-        examples: (train.examples.len(), dev.examples.len()),
+        examples: (train.count, dev.count),
+        windows: (train.examples.len(), dev.examples.len()),
         longest,
         memory,
         disk,

@@ -143,6 +143,47 @@ fn a_report_says_that_a_run_was_without_distillation() {
 }
 
 #[test]
+fn questions_are_counted_and_not_the_windows_they_are_read_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("squad");
+    std::fs::create_dir(&data).unwrap();
+    let context = "the film is good . ".repeat(12);
+    let ask = |id: &str| {
+        let answers = serde_json::json!([{ "text": "film", "answer_start": 4 }]);
+        serde_json::json!({ "id": id, "question": "is it good", "answers": answers })
+    };
+    let file = |n: usize| {
+        let asked: Vec<Value> = (0..n).map(|i| ask(&i.to_string())).collect();
+        serde_json::json!({ "data": [{ "paragraphs": [{ "context": context, "qas": asked }] }] }).to_string()
+    };
+    std::fs::write(data.join("train-v1.1.json"), file(5)).unwrap();
+    std::fs::write(data.join("dev-v1.1.json"), file(3)).unwrap();
+    let out = dir.path().join("out");
+    let mut args = train("finetune", &model(), &out);
+    for (flag, value) in [("--task", "squad"), ("--data", data.to_str().unwrap())] {
+        let at = args.iter().position(|a| a == flag).unwrap();
+        args[at + 1] = value.into();
+    }
+    args.extend(["--max-steps", "1"].map(String::from));
+    let done = run(&args);
+    done.ok();
+    let before = &done.event("preflight")["preflight"];
+    assert_eq!(before["examples"], serde_json::json!([5, 3]));
+    // 60 tokens of context in rooms of 26, of which neighbours share 13.
+    assert_eq!(before["windows"], serde_json::json!([20, 12]));
+    let record: Value = serde_json::from_slice(&std::fs::read(out.join("run.json")).unwrap()).unwrap();
+    assert_eq!(record["stages"][0]["examples"], 3);
+
+    let args = ["eval", "--model", out.to_str().unwrap(), "--data", data.to_str().unwrap(), "--json"];
+    let done = run(&args.map(String::from));
+    done.ok();
+    let scored = done.event("scored");
+    assert_eq!((scored["examples"].as_u64(), scored["windows"].as_u64()), (Some(3), Some(12)));
+    let said = run(&args[..5].iter().map(|a| a.to_string()).collect::<Vec<_>>()).stdout;
+    assert!(said.contains("; 3 examples in 12 windows in "), "{said}");
+}
+
+#[test]
 fn single_stages_give_what_all_of_them_together_give() {
     let dir = tempfile::tempdir().unwrap();
     let (pruned, quantized) = (dir.path().join("pruned"), dir.path().join("quantized"));

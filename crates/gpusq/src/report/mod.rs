@@ -101,7 +101,7 @@ pub struct Stage {
     /// Time spent making and scoring it, seconds.
     #[serde(with = "number")]
     pub wall_seconds: f64,
-    /// Number of examples it was scored on.
+    /// Number of examples it was scored on; of SQuAD its questions.
     pub examples: usize,
 }
 

@@ -197,6 +197,8 @@ pub struct Dataset {
     /// Model inputs in file order. For SQuAD one question gives as many as its context has windows. Scoring
     /// relies on their number and order: train on a copy to drop or shuffle some.
     pub examples: Vec<Example>,
+    /// What people count: the questions of SQuAD, the examples of other tasks.
+    pub count: usize,
     /// Tokens that [`Task::load`] was told to keep examples within; `None` for other data.
     pub max_length: Option<usize>,
     /// What the user should know about the data, such as skipped rows; one sentence each.
@@ -214,7 +216,17 @@ impl Dataset {
         examples: Vec<Example>,
         scorer: impl Fn(&[Example], &[Vec<f32>]) -> Scores + Send + Sync + 'static,
     ) -> Self {
-        Dataset { name, split, head, examples, max_length: None, notes: Vec::new(), scorer: Arc::new(scorer) }
+        let count = examples.len();
+        Dataset {
+            name,
+            split,
+            head,
+            examples,
+            count,
+            max_length: None,
+            notes: Vec::new(),
+            scorer: Arc::new(scorer),
+        }
     }
 
     /// Scores a model. `outputs[i]` are the logits of `examples[i]`, flat: for [`HeadKind::Classes`] one per

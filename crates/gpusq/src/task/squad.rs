@@ -117,8 +117,9 @@ impl Reader for Squad {
         if questions.is_empty() {
             return Err(Error::file(&path, "has no questions; get the file again"));
         }
+        let count = questions.len();
         let scorer = move |_: &[Example], outputs: &[Vec<f32>]| score(&contexts, &questions, outputs);
-        Ok(Dataset::new(task.name, split, task.head, examples, scorer))
+        Ok(Dataset { count, ..Dataset::new(task.name, split, task.head, examples, scorer) })
     }
 }
 
