@@ -6,7 +6,7 @@ use std::time::Instant;
 use clap::ArgMatches;
 use gpusq::evaluate::predict;
 use gpusq::preflight::check_fit;
-use gpusq::task::{Split, task};
+use gpusq::task::{Split, one_class, task};
 use gpusq::{Error, Result};
 use serde_json::json;
 
@@ -33,9 +33,10 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
     let outputs = predict(&model, &dataset, batch, tokenizer.pad_id(), &mut |_| {})?;
     let seconds = start.elapsed().as_secs_f64();
     let scores = dataset.score(&outputs);
+    let one_class = one_class(&dataset, &outputs);
     if m.get_flag("json") {
         let object = json!({ "event": "scored", "model": dir.display().to_string(), "stage": model.stage, "task": task.name, "split": split.to_string(),
-            "examples": dataset.count, "windows": dataset.examples.len(), "max_length": dataset.max_length, "seconds": seconds, "scores": scores });
+            "examples": dataset.count, "windows": dataset.examples.len(), "max_length": dataset.max_length, "seconds": seconds, "scores": scores, "one_class": one_class });
         out(object);
     } else {
         out(format_args!(
@@ -45,6 +46,9 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
             task.name,
             counted(dataset.count, dataset.examples.len())
         ));
+        if one_class {
+            out("note: predicts one class for every example");
+        }
     }
     Ok(())
 }

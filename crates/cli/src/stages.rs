@@ -119,12 +119,7 @@ impl Start {
         let run = self.run();
         let mut record = run.record(&trained.model)?;
         record.main_metric = trained.scores.0[0].0.clone();
-        record.stages.push(report::Stage {
-            name: stage.into(),
-            scores: trained.scores.0.clone(),
-            wall_seconds: trained.seconds,
-            examples: self.dev.count,
-        });
+        record.stages.push(run.scored(stage, &trained.scores, trained.one_class, trained.seconds));
         record.curves.push(compress::curve(stage, &trained.curve));
         record.layers = compress::layers(&trained.model);
         record.sizes = sizes;
@@ -166,7 +161,7 @@ pub(crate) fn quantize(m: &ArgMatches) -> Result<()> {
     let run = s.run();
     let mut trained = run.quantize(&s.model, &s.out, &mut |e| progress.show(e))?;
     let dir = s.out.join("packed");
-    let (packed, scores, seconds) = run.pack(&trained.model, &dir, &mut |e| progress.show(e))?;
+    let (packed, scores, _, seconds) = run.pack(&trained.model, &dir, &mut |e| progress.show(e))?;
     trained.seconds = seconds;
     if scores != trained.scores {
         let message = format!("the packed model scores {scores}, the fake-quantised one {}", trained.scores);

@@ -16,6 +16,7 @@ fn example() -> RunRecord {
         scores: scores(accuracy),
         wall_seconds,
         examples: 872,
+        one_class: false,
     };
     let mut layers = Vec::new();
     for block in 0..6 {

@@ -22,7 +22,7 @@ use crate::quant::{self, Calibration};
 use crate::report::{self, RunRecord};
 use crate::sparsity::{self, InputStats, Pattern, weight_mask};
 use crate::spec::{Head, Role};
-use crate::task::{Dataset, Scores, Task, Tokenizer};
+use crate::task::{Dataset, Scores, Task, Tokenizer, one_class};
 use crate::train::batch::{collate, shuffled};
 use crate::train::{self, Recipe, State, fit, total_steps};
 use crate::{Error, Result};
@@ -182,6 +182,8 @@ pub struct Trained {
     pub model: Model,
     /// Its scores on the evaluation split.
     pub scores: Scores,
+    /// Whether it put all examples of that split into one class.
+    pub one_class: bool,
     /// Seconds spent on it, by all processes that worked on it.
     pub seconds: f64,
     /// Its loss curve; empty if it was finished before this run.
@@ -210,15 +212,19 @@ impl Run<'_> {
         out
     }
 
-    /// Scores a model of any stage.
+    /// Scores a model of any stage, and says whether it put all examples into one class.
     ///
     /// # Errors
     /// What the engine says of a packed model it cannot run.
-    pub fn score(&self, model: &Model, name: &str, watch: &mut Watch) -> Result<Scores> {
+    pub fn score(&self, model: &Model, name: &str, watch: &mut Watch) -> Result<(Scores, bool)> {
         let outputs = predict(model, self.dev, EVAL_BATCH, self.pad(), &mut |_| {})?;
         let scores = self.dev.score(&outputs);
         watch(Event::Scored { name, scores: &scores });
-        Ok(scores)
+        let one_class = one_class(self.dev, &outputs);
+        if one_class {
+            watch(Event::Note(&format!("{name}: predicts one class for every example")));
+        }
+        Ok((scores, one_class))
     }
 
     /// Makes the output folder, or checks that it may be continued, stores the configuration in it and keeps
@@ -281,10 +287,10 @@ impl Run<'_> {
             watch(Event::Note(&format!("{name}: finished before, read from {}", dir.display())));
             let model = Model::load(dir)?;
             clear_state(&state_dir)?;
-            let scores = self.score(&model, name, watch)?;
+            let (scores, one_class) = self.score(&model, name, watch)?;
             let seconds = Times::add(self.out, model.stage, &mut clock)?;
             let curve = read_curve(&dir.join("curve.json"))?;
-            return Ok(Trained { model, scores, seconds, curve });
+            return Ok(Trained { model, scores, one_class, seconds, curve });
         }
         std::fs::create_dir_all(&state_dir).map_err(Error::io(&state_dir))?;
         let mut model = start()?;
@@ -310,7 +316,7 @@ impl Run<'_> {
         model.task = Some(self.task.name.into());
         model.max_length = self.train.max_length;
         model.fresh.clear();
-        let scores = self.score(&model, name, watch)?;
+        let (scores, one_class) = self.score(&model, name, watch)?;
         // The folder below may be the last thing that this process finishes.
         Times::add(self.out, of, &mut clock)?;
         crate::model::write_json(&dir.join("curve.json"), &report.curve)?;
@@ -319,7 +325,7 @@ impl Run<'_> {
         // What a later stage sees is what is on disk, so that a resumed run sees the same.
         let model = Model::load(dir)?;
         let seconds = Times::add(self.out, of, &mut clock)?;
-        Ok(Trained { model, scores, seconds, curve: report.curve })
+        Ok(Trained { model, scores, one_class, seconds, curve: report.curve })
     }
 
     /// Dense fine-tuning into `dir`: labels only.
@@ -395,16 +401,16 @@ impl Run<'_> {
     ///
     /// # Errors
     /// A model that is neither pruned nor quantised; what saving or the engine meets.
-    pub fn pack(&self, model: &Model, dir: &Path, watch: &mut Watch) -> Result<(Model, Scores, f64)> {
+    pub fn pack(&self, model: &Model, dir: &Path, watch: &mut Watch) -> Result<(Model, Scores, bool, f64)> {
         let mut clock = Instant::now();
         if !dir.join(MANIFEST_FILE).exists() {
             std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
             model.packed()?.save(dir, self.tokenizer_dir)?;
         }
         let packed = Model::load(dir)?;
-        let scores = self.score(&packed, packed.stage.title(), watch)?;
+        let (scores, one_class) = self.score(&packed, packed.stage.title(), watch)?;
         let seconds = Times::add(self.out, model.stage, &mut clock)?;
-        Ok((packed, scores, seconds))
+        Ok((packed, scores, one_class, seconds))
     }
 
     /// All stages of compression of the dense model into `out`, with report. `dense_scores` are the dense
@@ -416,25 +422,27 @@ impl Run<'_> {
         let mut record = self.record(dense)?;
         record.variant = variant(self.config.prune.attention, &self.config.distill);
         let mut clock = Instant::now();
-        let scores = self.score(dense, "dense", watch)?;
+        let (scores, one_class) = self.score(dense, "dense", watch)?;
         let seconds = Times::add(self.out, dense.stage, &mut clock)?;
         record.main_metric = scores.0[0].0.clone();
-        record.stages.push(self.scored("dense", &scores, seconds));
+        record.stages.push(self.scored("dense", &scores, one_class, seconds));
 
         let pruned = self.prune(dense, &self.out.join("pruned"), watch)?;
-        let (_, scores, seconds) = self.pack(&pruned.model, &self.out.join("packed-fp16"), watch)?;
-        record.stages.push(self.scored("2:4 FP16", &scores, seconds));
+        let (_, scores, one_class, seconds) =
+            self.pack(&pruned.model, &self.out.join("packed-fp16"), watch)?;
+        record.stages.push(self.scored("2:4 FP16", &scores, one_class, seconds));
         record.curves.push(curve("prune", &pruned.curve));
 
         let quantized = self.quantize(&pruned.model, &self.out.join("quantized"), watch)?;
-        let (packed, scores, seconds) = self.pack(&quantized.model, &self.out.join("packed"), watch)?;
+        let (packed, scores, one_class, seconds) =
+            self.pack(&quantized.model, &self.out.join("packed"), watch)?;
         if scores != quantized.scores {
             let note =
                 format!("the packed model scores {scores}, the fake-quantised one {}", quantized.scores);
             watch(Event::Note(&note));
             record.notes.push(note);
         }
-        record.stages.push(self.scored("2:4 INT8", &scores, seconds));
+        record.stages.push(self.scored("2:4 INT8", &scores, one_class, seconds));
         record.curves.push(curve("quantise", &quantized.curve));
 
         record.layers = layers(&quantized.model);
@@ -473,11 +481,13 @@ impl Run<'_> {
         })
     }
 
-    fn scored(&self, name: &str, scores: &Scores, seconds: f64) -> report::Stage {
+    /// A scored model as the report shows it.
+    pub fn scored(&self, name: &str, scores: &Scores, one_class: bool, seconds: f64) -> report::Stage {
         report::Stage {
             name: name.into(),
             scores: scores.0.clone(),
             wall_seconds: seconds,
+            one_class,
             examples: self.dev.count,
         }
     }

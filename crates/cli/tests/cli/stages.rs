@@ -184,6 +184,34 @@ fn questions_are_counted_and_not_the_windows_they_are_read_in() {
 }
 
 #[test]
+fn a_model_that_knows_one_class_only_is_not_said_to_match() {
+    let dir = tempfile::tempdir().unwrap();
+    let one = dir.path().join("data");
+    std::fs::create_dir(&one).unwrap();
+    std::fs::copy(data().join("dev.tsv"), one.join("dev.tsv")).unwrap();
+    let text = std::fs::read_to_string(data().join("train.tsv")).unwrap();
+    let good: String = text.lines().filter(|l| !l.ends_with('0')).map(|l| format!("{l}\n")).collect();
+    std::fs::write(one.join("train.tsv"), good).unwrap();
+    let (constant, out) = (dir.path().join("constant"), dir.path().join("out"));
+    for (command, from, to) in [("finetune", &model(), &constant), ("compress", &constant, &out)] {
+        let mut args = train(command, from, to);
+        let at = args.iter().position(|a| a == "--data").unwrap();
+        args[at + 1] = one.to_str().unwrap().into();
+        let done = run(&args);
+        done.ok();
+        assert!(done.stdout.contains("predicts one class for every example"), "{}", done.stdout);
+        if command == "compress" {
+            let verdict = done.event("verdict")["text"].as_str().unwrap().to_string();
+            assert!(verdict.starts_with("dense and 2:4 INT8 each predict one class"), "{verdict}");
+        }
+    }
+    let page = std::fs::read_to_string(out.join("report.html")).unwrap();
+    assert!(!page.contains("verdict good") && page.contains(">one class</span>"), "{page}");
+    assert_eq!(eval(&out.join("packed"), "dev")["one_class"], true);
+    assert_eq!(eval(&compressed().join("packed"), "dev")["one_class"], false);
+}
+
+#[test]
 fn single_stages_give_what_all_of_them_together_give() {
     let dir = tempfile::tempdir().unwrap();
     let (pruned, quantized) = (dir.path().join("pruned"), dir.path().join("quantized"));

@@ -97,8 +97,11 @@ fn summary(out: &mut String, r: &RunRecord) {
         put!(out, "<div class=\"cards{}\">", if r.stages.len() == 3 { " three" } else { "" });
         for (i, stage) in r.stages.iter().enumerate() {
             let score = r.main_score(&stage.scores);
-            let change =
-                if i == 0 { "<span class=\"muted\">baseline</span>".into() } else { difference(r, score) };
+            let change = match stage.one_class {
+                true => "<span class=\"bad\">one class</span>".into(),
+                false if i == 0 => "<span class=\"muted\">baseline</span>".into(),
+                false => difference(r, score),
+            };
             put!(
                 out,
                 "<div class=\"card\"><span>{}</span><strong>{}</strong><span class=\"muted\">{}</span>{change}</div>",
@@ -474,6 +477,7 @@ mod tests {
             scores: vec![(s(), score)],
             wall_seconds: 75.2,
             examples: 1234,
+            one_class: false,
         };
         let point = |step, loss| Point { step, loss, hard: 0.5, soft: 0.0, feature: 0.25, lr: 1e-5 };
         let layer = LayerRow {

@@ -103,6 +103,8 @@ pub struct Stage {
     pub wall_seconds: f64,
     /// Number of examples it was scored on; of SQuAD its questions.
     pub examples: usize,
+    /// Whether it put all of them into one class, which makes its score that of no model at all.
+    pub one_class: bool,
 }
 
 /// The losses of one training loop.
@@ -245,8 +247,20 @@ impl RunRecord {
         let unknown = |why: String| (Outcome::Unknown, why);
         let (first, last) = match self.stages.as_slice() {
             [] => return unknown("No model was scored in this run.".into()),
-            [only] => return unknown(format!("Only {} was scored: there is nothing to compare.", only.name)),
+            [only] => {
+                let one_class = if only.one_class { " It predicts one class for every example." } else { "" };
+                let name = &only.name;
+                return unknown(format!("Only {name} was scored: there is nothing to compare.{one_class}"));
+            }
             [first, .., last] => (first, last),
+        };
+        let one_class = match (first.one_class, last.one_class) {
+            (true, true) => {
+                format!("{} and {} each predict one class for every example", first.name, last.name)
+            }
+            (true, false) => format!("{} predicts one class for every example", first.name),
+            (false, true) => format!("{} predicts one class for every example", last.name),
+            (false, false) => String::new(),
         };
         let (dense, score) = (self.main_score(&first.scores), self.main_score(&last.scores));
         let loss = self.loss_to_dense(score);
@@ -257,6 +271,10 @@ impl RunRecord {
                 "No comparison with {}: {at} has no usable {}.",
                 first.name, self.main_metric
             ));
+        }
+        if outcome == Outcome::Held && !one_class.is_empty() {
+            let scores = format!("{} against {} {}", fixed(score, 2), fixed(dense, 2), self.main_metric);
+            return unknown(format!("{one_class}: the scores compare nothing ({scores})."));
         }
         let unit = if self.lower_is_better { "%" } else { "points" };
         let one = if self.lower_is_better { "%" } else { "point" };
@@ -275,7 +293,9 @@ impl RunRecord {
                 }
             }
             let share = format!("The largest step down was {}: {} {unit}.", worst.1, fixed(worst.0, 2));
-            format!("{} lost {} {unit} to {} ({scores}). {share}", last.name, fixed(loss, 2), first.name)
+            let one_class = if one_class.is_empty() { one_class } else { format!(" {one_class}.") };
+            let lost = fixed(loss, 2);
+            format!("{} lost {lost} {unit} to {} ({scores}). {share}{one_class}", last.name, first.name)
         } else if fixed(loss, 2) == "0.00" {
             format!("{} matches {} ({scores}).", last.name, first.name)
         } else if loss < 0.0 {
@@ -460,6 +480,17 @@ mod tests {
         ];
         for (record, outcome, text) in cases {
             assert_eq!(record.verdict(), (outcome, text.into()));
+        }
+        for (which, scores, outcome, says) in [
+            (&[0, 2][..], [50.0, 50.0, 50.0], Outcome::Unknown, "dense and 2:4 INT8 each predict one class"),
+            (&[2], [50.0, 50.0, 50.0], Outcome::Unknown, "2:4 INT8 predicts one class"),
+            (&[0], [50.0, 50.0, 60.0], Outcome::Unknown, "dense predicts one class"),
+            (&[2], [90.0, 88.0, 50.0], Outcome::Lost, "points. 2:4 INT8 predicts one class"),
+        ] {
+            let mut record = scored(&scores);
+            which.iter().for_each(|&i| record.stages[i].one_class = true);
+            let (found, text) = record.verdict();
+            assert!(found == outcome && text.contains(says) && text.contains("for every example"), "{text}");
         }
         let unnamed = RunRecord { main_metric: "EM".into(), ..scored(&[1.0, 2.0]) };
         assert_eq!(unnamed.verdict().0, Outcome::Unknown);

@@ -248,6 +248,15 @@ impl Dataset {
     }
 }
 
+/// Whether a classifier that gave `outputs` put all examples into one class, though they are of several. Its
+/// score is then that of no model at all.
+pub fn one_class(data: &Dataset, outputs: &[Vec<f32>]) -> bool {
+    let class = |row: &Vec<f32>| (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b]).then(b.cmp(&a)));
+    matches!(data.head, HeadKind::Classes(_))
+        && outputs.windows(2).all(|w| class(&w[0]) == class(&w[1]))
+        && data.examples.windows(2).any(|w| w[0].target != w[1].target)
+}
+
 impl fmt::Debug for Dataset {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Dataset({} {}, {} examples)", self.name, self.split, self.examples.len())
