@@ -226,11 +226,17 @@ fn a_stage_stops_when_its_running_loss_is_low_enough() {
 fn a_loss_that_is_not_finite_is_an_error_with_advice() {
     let d = data();
     let mut m = dense();
-    let f = Fit { max_grad_norm: None, warmup: 0.0, ..settings(5, 1.0) };
+    let mut message = |learning_rate: f64, m: &mut Model| {
+        let f = Fit { max_grad_norm: None, warmup: 0.0, ..settings(5, learning_rate) };
+        fit(m, &d, &recipe(&f, Mix::HARD, None), State::default(), &mut |_| {}).unwrap_err().to_string()
+    };
+    // Steps that throw the weights out of range: the rate is to blame.
+    let e = message(1e38, &mut m.clone());
+    assert!(e.contains("at step") && !e.contains("step 1,") && e.contains("lower the learning rate"), "{e}");
+    // A loss that is lost before the first step: the model is.
     let mut poisoned = m.params.dense("embed.word").clone();
     poisoned.f32_mut()[5 * 32] = f32::INFINITY;
     m.params.insert("embed.word", Weight::Dense(poisoned));
-    let e =
-        fit(&mut m, &d, &recipe(&f, Mix::HARD, None), State::default(), &mut |_| {}).unwrap_err().to_string();
-    assert!(e.contains("step 1") && e.contains("learning rate"), "{e}");
+    let e = message(1.0, &mut m);
+    assert!(e.contains("step 1,") && e.contains("config.json") && !e.contains("learning rate"), "{e}");
 }
