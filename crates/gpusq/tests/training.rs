@@ -226,7 +226,7 @@ fn a_stage_stops_when_its_running_loss_is_low_enough() {
 fn a_loss_that_is_not_finite_is_an_error_with_advice() {
     let d = data();
     let mut m = dense();
-    let mut message = |learning_rate: f64, m: &mut Model| {
+    let message = |learning_rate: f64, m: &mut Model| {
         let f = Fit { max_grad_norm: None, warmup: 0.0, ..settings(5, learning_rate) };
         fit(m, &d, &recipe(&f, Mix::HARD, None), State::default(), &mut |_| {}).unwrap_err().to_string()
     };

@@ -211,12 +211,18 @@ impl Disk {
         Some(Disk(at))
     }
 
-    /// Leaves `kib` free.
+    /// Leaves `kib` free. The run under test writes at the same time, so the space is measured again where the
+    /// filler did not fit.
     fn fill(&self, kib: u64) -> PathBuf {
-        let free = gpusq::format::atomic::free_space(&self.0).unwrap();
         let path = self.0.join("filler");
-        std::fs::write(&path, vec![0u8; (free.saturating_sub(kib * 1024)) as usize]).unwrap();
-        path
+        loop {
+            let free = gpusq::format::atomic::free_space(&self.0).unwrap();
+            match std::fs::write(&path, vec![0u8; (free.saturating_sub(kib * 1024)) as usize]) {
+                Ok(()) => return path,
+                Err(e) if e.kind() == std::io::ErrorKind::StorageFull => std::fs::remove_file(&path).unwrap(),
+                Err(e) => panic!("{e}"),
+            }
+        }
     }
 }
 
