@@ -79,7 +79,6 @@ pub struct Gpu(&'static Inner);
 
 struct Inner {
     ordinal: usize,
-    name: String,
     /// Architecture kernels are compiled for, such as `sm_90a`.
     target: String,
     context: Arc<CudaContext>,
@@ -125,10 +124,8 @@ impl Gpu {
                 reason: format!("architecture sm_{major}{minor} is older than sm_80 (Ampere)"),
             });
         }
-        let name = context.name().map_err(|e| failed("ask its name", e))?;
         let inner = Inner {
             ordinal,
-            name,
             target: kernels::target(major, minor),
             context,
             stream,
@@ -143,22 +140,9 @@ impl Gpu {
         Ok(gpu)
     }
 
-    /// How many GPUs the driver shows; 0 without a driver.
-    pub fn count() -> usize {
-        if kernels::need_driver().is_err() || result::init().is_err() {
-            return 0;
-        }
-        result::device::get_count().unwrap_or(0) as usize
-    }
-
     /// Number of this GPU, from 0.
     pub fn ordinal(self) -> usize {
         self.0.ordinal
-    }
-
-    /// The driver's name for it.
-    pub fn name(self) -> &'static str {
-        &self.0.name
     }
 
     /// Waits for all work asked for so far and hands over the first failure since the last call. After
@@ -169,30 +153,6 @@ impl Gpu {
             Some(e) => Err(e),
             None => Ok(()),
         }
-    }
-
-    /// Most bytes that were in use at one time since the last call of this function.
-    pub fn peak_memory(self) -> usize {
-        use sys::CUmemPool_attribute_enum as Attribute;
-        let mut peak = 0u64;
-        self.attempt("read memory use", |gpu| {
-            let pool = gpu.0.pool()?;
-            // SAFETY: `pool` is the device's own, the attribute is a u64, and writing 0 resets the mark.
-            unsafe {
-                result::mem_pool::get_attribute(
-                    pool,
-                    Attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH,
-                    (&raw mut peak).cast(),
-                )?;
-                let mut zero = 0u64;
-                result::mem_pool::set_attribute(
-                    pool,
-                    Attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH,
-                    (&raw mut zero).cast(),
-                )
-            }
-        });
-        peak as usize
     }
 
     /// Runs `f` with this GPU's context current, unless the GPU has failed; keeps the first failure.
@@ -251,6 +211,11 @@ impl Gpu {
             });
         }
         memory
+    }
+
+    /// Flags as bytes 0 and 1 on the GPU, if there are any.
+    pub(crate) fn upload_flags(self, flags: Option<&[bool]>) -> Option<Memory> {
+        flags.map(|f| self.upload(&f.iter().map(|&b| u8::from(b)).collect::<Vec<u8>>()))
     }
 
     /// Starts kernel `name` of `source`. The caller answers for the arguments being what the kernel declares.

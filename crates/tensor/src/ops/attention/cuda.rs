@@ -51,7 +51,7 @@ pub(super) fn forward(
     let shape = [s.batch, s.heads, s.queries, s.keys];
     let softmax = Tensor::stale_on(device, &shape);
     let thinned = thinned(device, s, drop);
-    let mask = s.key_mask.as_ref().map(|m| gpu.upload(&m.iter().map(|&b| u8::from(b)).collect::<Vec<_>>()));
+    let mask = gpu.upload_flags(s.key_mask.as_deref());
     let mut arguments = vec![
         out.memory().into(),
         softmax.memory().into(),

@@ -1,7 +1,6 @@
 use super::rows_counted;
 use crate::cuda::{Arg, Gpu, Grid, Source, source};
 use crate::ops::cross_entropy::mean;
-use crate::ops::mse::flags;
 use crate::{Device, Tensor};
 
 pub(crate) static SOURCE: Source = source!("kl_divergence");
@@ -14,7 +13,7 @@ pub(super) fn forward(
     counts: Option<&[bool]>,
 ) -> Tensor {
     let losses = Tensor::stale_on(Device::Cuda(gpu), &[teacher.rows()]);
-    let flags = flags(gpu, counts);
+    let flags = gpu.upload_flags(counts);
     gpu.launch(
         &SOURCE,
         "row_losses",
@@ -40,7 +39,7 @@ pub(super) fn backward(
     counts: Option<&[bool]>,
 ) -> Tensor {
     let dx = Tensor::stale_on(Device::Cuda(gpu), student.shape());
-    let flags = flags(gpu, counts);
+    let flags = gpu.upload_flags(counts);
     gpu.launch(
         &SOURCE,
         "backward",

@@ -21,7 +21,7 @@ pub fn code(x: f32, s: f32) -> f32 {
     let v = if v < QMAX { v } else { QMAX };
     // Adding 1.5 * 2^23 leaves no fraction bits, so the addition itself rounds half to even, and the
     // difference of equals is +0. `round_ties_even` is a library call where the build's baseline has no rounding
-    // instruction, and a call keeps the loops below from being vectorised: it took 40 % of a QAT step.
+    // instruction, and a call keeps the loops below from being vectorised: it took a third of a QAT step.
     const SHIFT: f32 = 12_582_912.0;
     (v + SHIFT) - SHIFT
 }

@@ -1,4 +1,4 @@
-use crate::cuda::{Arg, Gpu, Grid, Memory, Source, source};
+use crate::cuda::{Arg, Gpu, Grid, Source, source};
 use crate::ops::cross_entropy::mean;
 use crate::{Device, Tensor};
 
@@ -6,7 +6,7 @@ pub(crate) static SOURCE: Source = source!("mse");
 
 pub(super) fn forward(gpu: Gpu, x: &Tensor, target: &Tensor, counts: Option<&[bool]>, n: f32) -> Tensor {
     let sums = Tensor::stale_on(Device::Cuda(gpu), &[target.rows()]);
-    let flags = flags(gpu, counts);
+    let flags = gpu.upload_flags(counts);
     gpu.launch(
         &SOURCE,
         "row_sums",
@@ -31,7 +31,7 @@ pub(super) fn backward(
     n: f32,
 ) -> Tensor {
     let dx = Tensor::stale_on(Device::Cuda(gpu), x.shape());
-    let flags = flags(gpu, counts);
+    let flags = gpu.upload_flags(counts);
     gpu.launch(
         &SOURCE,
         "backward",
@@ -47,9 +47,4 @@ pub(super) fn backward(
         ],
     );
     dx
-}
-
-/// Which rows count, if not all.
-pub(crate) fn flags(gpu: Gpu, counts: Option<&[bool]>) -> Option<Memory> {
-    counts.map(|c| gpu.upload(&c.iter().map(|&c| c as u8).collect::<Vec<u8>>()))
 }

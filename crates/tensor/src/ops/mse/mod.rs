@@ -5,7 +5,6 @@ mod cuda;
 
 #[cfg(test)]
 pub(crate) use cuda::SOURCE;
-pub(crate) use cuda::flags;
 
 use crate::{Device, Tape, Tensor, Var};
 
