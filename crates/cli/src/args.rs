@@ -9,6 +9,8 @@ use gpusq::hub;
 use gpusq::model::Model;
 use gpusq::spec::Head;
 use gpusq::task::{Dataset, HeadKind, Split, TASKS, Task, Tokenizer};
+use gpusq::tensor::Device;
+use gpusq::tensor::cuda::CudaError;
 use gpusq::{Error, Result};
 
 /// The whole command line.
@@ -45,7 +47,7 @@ pub(crate) fn command() -> Command {
         .subcommand(
             Command::new("eval")
                 .about("Score a model of any stage; packed ones run in the engine")
-                .args([model(), task().required(false), data(), split(), json()])
+                .args([model(), task().required(false), data(), split(), device(), json()])
                 .arg(Arg::new("max-length").long("max-length").value_name("TOKENS").value_parser(value_parser!(usize)).help("Longest input (default: as the model was trained, or the task's own)"))
                 .arg(Arg::new("batch-size").long("batch-size").value_name("N").value_parser(value_parser!(u16).range(1..)).default_value("32").help("Examples at a time")),
         )
@@ -60,6 +62,7 @@ pub(crate) fn command() -> Command {
                 .about("Train, compress and score a small model on generated text; needs no files and no network")
                 .arg(out().required(false).default_value("gpusq-demo"))
                 .arg(seed())
+                .arg(device())
                 .arg(json()),
         )
 }
@@ -102,6 +105,7 @@ fn training(name: &'static str, about: &'static str) -> Command {
             .value_name("NAME")
             .help("Named settings that the file and flags override"),
         seed(),
+        device(),
         Arg::new("resume").long("resume").action(ArgAction::SetTrue).help(
             "Continue the interrupted run in --out, with the same command; starts one if there is none",
         ),
@@ -173,6 +177,14 @@ fn seed() -> Arg {
     Arg::new("seed").long("seed").value_name("N").help("Seed of everything random [default: 42]")
 }
 
+fn device() -> Arg {
+    Arg::new("device")
+        .long("device")
+        .value_name("DEVICE")
+        .default_value("auto")
+        .help("Where models are trained and run: cpu, cuda, cuda:1, or auto, a GPU if there is one")
+}
+
 fn json() -> Arg {
     Arg::new("json")
         .long("json")
@@ -229,6 +241,16 @@ pub(crate) fn settings(command: &str, m: &ArgMatches) -> Result<Config> {
 /// The folder of `--model`, downloaded if it is a hub name.
 pub(crate) fn model_dir(m: &ArgMatches) -> Result<PathBuf> {
     hub::resolve(m.get_one::<String>("model").expect("required"))
+}
+
+/// The device of `--device`, and why it is the CPU where a GPU was looked for.
+pub(crate) fn device_of(m: &ArgMatches) -> Result<(Device, Option<String>)> {
+    let (device, why) =
+        Device::named(m.get_one::<String>("device").expect("has a default")).map_err(|e| match e {
+            CudaError::Name(_) => Error::Config(e.to_string()),
+            e => Error::Device(e),
+        })?;
+    Ok((device, why.map(|e| format!("no GPU is used: {e}"))))
 }
 
 /// A model's folder, tokenizer and weights.

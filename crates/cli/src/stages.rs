@@ -10,6 +10,7 @@ use gpusq::model::{Model, Stage};
 use gpusq::outdir::{self, Held};
 use gpusq::preflight::preflight;
 use gpusq::task::{Dataset, Scores, Split, Task, Tokenizer, task};
+use gpusq::tensor::Device;
 use gpusq::{Error, Result, report};
 use serde_json::json;
 
@@ -28,6 +29,9 @@ struct Start {
     dev: Dataset,
     out: PathBuf,
     resume: bool,
+    device: Device,
+    /// Why the device is the CPU where a GPU was looked for.
+    no_gpu: Option<String>,
     progress: Progress,
 }
 
@@ -40,6 +44,7 @@ impl Start {
         let data = m.get_one::<PathBuf>("data").expect("required");
         let resume = m.get_flag("resume");
         outdir::check(&out, resume)?;
+        let (device, no_gpu) = args::device_of(m)?;
         let model_dir = args::model_dir(m)?;
         let (mut model, tokenizer) = args::load_model(&model_dir)?;
         if model.stage != from {
@@ -67,7 +72,21 @@ impl Start {
         let load = |split| args::load_data(task, data, split, &tokenizer, config.data.max_length, &model);
         let (train, dev) = (load(Split::Train)?, load(Split::Dev)?);
         let progress = Progress::new(m.get_flag("json"));
-        Ok(Start { command, config, task, model_dir, model, tokenizer, train, dev, out, resume, progress })
+        Ok(Start {
+            command,
+            config,
+            task,
+            model_dir,
+            model,
+            tokenizer,
+            train,
+            dev,
+            out,
+            resume,
+            device,
+            no_gpu,
+            progress,
+        })
     }
 
     fn run(&self) -> Run<'_> {
@@ -81,6 +100,7 @@ impl Start {
             out: &self.out,
             resume: self.resume,
             command: args::typed(),
+            device: self.device,
         }
     }
 
@@ -95,6 +115,7 @@ impl Start {
             teacher,
             stages,
             self.command != "finetune",
+            self.device,
             &self.out,
         )?;
         let held = self.run().open(self.command, &self.model)?;
@@ -108,7 +129,7 @@ impl Start {
             return Ok(None);
         }
         self.progress.preflight(&p);
-        for note in self.train.notes.iter().chain(&self.dev.notes) {
+        for note in self.train.notes.iter().chain(&self.dev.notes).chain(&self.no_gpu) {
             self.progress.say(&format!("note: {note}"), json!({ "event": "note", "text": note }));
         }
         Ok(Some(held))

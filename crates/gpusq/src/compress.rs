@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use gpusq_tensor::ops::masked::MaskGradient;
-use gpusq_tensor::{Tape, Tensor};
+use gpusq_tensor::{Device, Tape, Tensor};
 
 use crate::config::{self, Config, Site};
 use crate::distill::Mix;
@@ -48,6 +48,8 @@ pub struct Run<'a> {
     pub resume: bool,
     /// The command line, for the report.
     pub command: String,
+    /// Where models other than packed ones are trained and run.
+    pub device: Device,
 }
 
 /// What a run tells whoever watches.
@@ -82,11 +84,16 @@ const STATE_FILE: &str = "train.safetensors";
 const EVAL_BATCH: usize = 32;
 
 /// Gives every compressible weight of a dense model its mask: pruning without training. `samples` are
-/// needed by criteria that look at inputs.
+/// needed by criteria that look at inputs, on `device`.
 ///
 /// # Errors
-/// A model that is not dense, an unknown criterion.
-pub fn prune_weights(model: &mut Model, settings: &config::Prune, samples: &[Inputs]) -> Result<()> {
+/// A model that is not dense, an unknown criterion, what a GPU meets.
+pub fn prune_weights(
+    model: &mut Model,
+    settings: &config::Prune,
+    samples: &[Inputs],
+    device: Device,
+) -> Result<()> {
     if model.stage != Stage::Dense {
         return Err(Error::Mismatch(format!(
             "the model is {} already; pruning starts from a dense one",
@@ -100,16 +107,17 @@ pub fn prune_weights(model: &mut Model, settings: &config::Prune, samples: &[Inp
     let mut stats: BTreeMap<String, InputStats> = BTreeMap::new();
     if entry.needs_inputs {
         let tape = Tape::inference();
-        let bound = Bound::new(&tape, &model.params, MaskGradient::Kept);
+        let bound = Bound::new(&tape, &model.params.to(device), MaskGradient::Kept);
         let want = TapSet { linears: true, ..TapSet::default() };
         let read: BTreeSet<String> = model.spec.linears().into_iter().map(|l| l.input).collect();
         for inputs in samples {
             let taps = forward(&tape, &model.spec, &bound, None, inputs, want).taps;
             for (name, v) in taps.iter().filter(|(name, _)| read.contains(*name)) {
-                let t = unpadded(v.value(), inputs.tokens.mask.as_deref());
+                let t = unpadded(&v.value().to(Device::Cpu), inputs.tokens.mask.as_deref());
                 stats.entry(name.clone()).or_insert_with(|| InputStats::new(t.width())).add(&t);
             }
         }
+        device.check()?;
     }
     for l in model.spec.linears().iter().filter(|l| compressible(l).is_none()) {
         let name = format!("{}.weight", l.name);
@@ -217,7 +225,7 @@ impl Run<'_> {
     /// # Errors
     /// What the engine says of a packed model it cannot run.
     pub fn score(&self, model: &Model, name: &str, watch: &mut Watch) -> Result<(Scores, bool)> {
-        let outputs = predict(model, self.dev, EVAL_BATCH, self.pad(), &mut |_| {})?;
+        let outputs = predict(model, self.dev, EVAL_BATCH, self.pad(), self.device, &mut |_| {})?;
         let scores = self.dev.score(&outputs);
         watch(Event::Scored { name, scores: &scores });
         let one_class = one_class(self.dev, &outputs);
@@ -351,7 +359,7 @@ impl Run<'_> {
         };
         let start = &mut || {
             let mut model = dense.clone();
-            prune_weights(&mut model, p, &self.samples())?;
+            prune_weights(&mut model, p, &self.samples(), self.device)?;
             Ok(model)
         };
         self.stage("2:4", dir, start, recipe, watch)
@@ -376,7 +384,7 @@ impl Run<'_> {
         };
         let start = &mut || {
             let mut model = pruned.clone();
-            quant::calibrate(&mut model, &self.samples(), &calibration(q));
+            quant::calibrate(&mut model, &self.samples(), &calibration(q), self.device)?;
             Ok(model)
         };
         self.stage("2:4 INT8", dir, start, recipe, watch)
@@ -393,6 +401,7 @@ impl Run<'_> {
             seed: self.config.seed,
             checkpoint: None,
             pad: self.pad(),
+            device: self.device,
         }
     }
 
@@ -472,7 +481,7 @@ impl Run<'_> {
                 _ => variant(model.attention, &self.config.distill),
             },
             started: Times::of(self.out)?.started,
-            machine: report::Machine::current(rayon::current_num_threads()),
+            machine: report::Machine::current(rayon::current_num_threads(), &self.device.to_string()),
             version: env!("CARGO_PKG_VERSION").into(),
             command: self.command.clone(),
             config: self.config.to_toml(),

@@ -396,6 +396,7 @@ fn run(out: &mut String, r: &RunRecord) {
         ("Duration", if r.wall_seconds > 0.0 { duration(r.wall_seconds) } else { String::new() }),
         ("CPU", r.machine.cpu.clone()),
         ("Threads", threads),
+        ("Trained on", r.machine.device.clone()),
         ("System", r.machine.os.clone()),
         ("Version", r.version.clone()),
     ];
@@ -497,7 +498,7 @@ mod tests {
             variant: s(),
             started: s(),
             wall_seconds: 3725.0,
-            machine: Machine { cpu: s(), threads: 2, os: s() },
+            machine: Machine { cpu: s(), threads: 2, os: s(), device: s() },
             version: s(),
             command: s(),
             stages: vec![stage(s(), 90.0), stage(s(), 87.0), stage(s(), 86.5)],

@@ -72,12 +72,14 @@ pub struct Machine {
     pub threads: usize,
     /// Operating system.
     pub os: String,
+    /// What the models were trained on: `CPU`, or a GPU with its name.
+    pub device: String,
 }
 
 impl Machine {
-    /// This computer, with `threads` as the number used. What the system does not tell is replaced by the
+    /// This computer, with `threads` as the number used and `device` as what models were trained on. What the system does not tell is replaced by the
     /// names of the processor family and system the program was built for.
-    pub fn current(threads: usize) -> Self {
+    pub fn current(threads: usize, device: &str) -> Self {
         let field = |path: &str, key: &str| {
             let text = std::fs::read_to_string(path).ok()?;
             let value = text.lines().find_map(|line| line.strip_prefix(key))?;
@@ -85,7 +87,7 @@ impl Machine {
         };
         let cpu = field("/proc/cpuinfo", "model name").unwrap_or_else(|| std::env::consts::ARCH.into());
         let os = field("/etc/os-release", "PRETTY_NAME").unwrap_or_else(|| std::env::consts::OS.into());
-        Machine { cpu, threads, os }
+        Machine { cpu, threads, os, device: device.into() }
     }
 }
 
@@ -533,7 +535,7 @@ mod tests {
         let dir = folder.path().join("new/run");
         let mut record = scored(&[91.2, 1.0 / 3.0, 1e-300]);
         record.sizes = Some(Sizes { dense_fp16_bits: u64::MAX, ..Sizes::default() });
-        record.machine = Machine::current(2);
+        record.machine = Machine::current(2, "CPU");
         record.curves =
             vec![Curve { stage: "ü \"<".into(), points: vec![Point { loss: 0.1, ..Point::default() }] }];
         record.layers = vec![LayerRow { left_dense: Some("odd".into()), ..LayerRow::default() }];
