@@ -137,15 +137,7 @@ impl Start {
 
     /// The report of a command that ran one stage.
     fn report(&mut self, trained: &Trained, stage: &str, sizes: Option<report::Sizes>) -> Result<()> {
-        let run = self.run();
-        let mut record = run.record(&trained.model)?;
-        record.main_metric = trained.scores.0[0].0.clone();
-        record.stages.push(run.scored(stage, &trained.scores, trained.one_class, trained.seconds));
-        record.curves.push(compress::curve(stage, &trained.curve));
-        record.layers = compress::layers(&trained.model);
-        record.sizes = sizes;
-        record.wall_seconds = run.seconds()?;
-        run.finish(&record)?;
+        self.run().report(trained, stage, sizes)?;
         self.wrote(&self.out.clone())
     }
 

@@ -29,6 +29,7 @@ use crate::{Error, Result};
 use times::Times;
 
 /// What a run works with.
+#[derive(Clone)]
 pub struct Run<'a> {
     /// Settings.
     pub config: &'a Config,
@@ -80,6 +81,8 @@ pub enum Event<'a> {
 pub type Watch<'w> = dyn FnMut(Event) + 'w;
 
 const STATE_FILE: &str = "train.safetensors";
+/// The models that [`Run::compress`] leaves in its output folder, in the order they are made.
+const MODELS: [&str; 4] = ["pruned", "packed-fp16", "quantized", "packed"];
 /// Batch size of evaluation: large enough to fill the machine, small enough for its memory.
 const EVAL_BATCH: usize = 32;
 
@@ -436,15 +439,14 @@ impl Run<'_> {
         record.main_metric = scores.0[0].0.clone();
         record.stages.push(self.scored("dense", &scores, one_class, seconds));
 
-        let pruned = self.prune(dense, &self.out.join("pruned"), watch)?;
-        let (_, scores, one_class, seconds) =
-            self.pack(&pruned.model, &self.out.join("packed-fp16"), watch)?;
+        let [pruned, packed_fp16, quantized, packed_int8] = MODELS.map(|name| self.out.join(name));
+        let pruned = self.prune(dense, &pruned, watch)?;
+        let (_, scores, one_class, seconds) = self.pack(&pruned.model, &packed_fp16, watch)?;
         record.stages.push(self.scored("2:4 FP16", &scores, one_class, seconds));
         record.curves.push(curve("prune", &pruned.curve));
 
-        let quantized = self.quantize(&pruned.model, &self.out.join("quantized"), watch)?;
-        let (packed, scores, one_class, seconds) =
-            self.pack(&quantized.model, &self.out.join("packed"), watch)?;
+        let quantized = self.quantize(&pruned.model, &quantized, watch)?;
+        let (packed, scores, one_class, seconds) = self.pack(&quantized.model, &packed_int8, watch)?;
         if scores != quantized.scores {
             let note =
                 format!("the packed model scores {scores}, the fake-quantised one {}", quantized.scores);
@@ -455,11 +457,44 @@ impl Run<'_> {
         record.curves.push(curve("quantise", &quantized.curve));
 
         record.layers = layers(&quantized.model);
-        let file = self.out.join("packed").join(PACKED_FILE);
-        record.sizes = Some(sizes(&packed, &file)?);
+        record.sizes = Some(sizes(&packed, &packed_int8.join(PACKED_FILE))?);
         record.wall_seconds = self.seconds()?;
         self.finish(&record)?;
         Ok(record)
+    }
+
+    /// Ends a run of one stage, which made `trained`: its record, called `stage` in it, written as the report.
+    ///
+    /// # Errors
+    /// What writing meets.
+    pub fn report(&self, trained: &Trained, stage: &str, sizes: Option<report::Sizes>) -> Result<RunRecord> {
+        let mut record = self.record(&trained.model)?;
+        record.main_metric = trained.scores.0[0].0.clone();
+        record.stages.push(self.scored(stage, &trained.scores, trained.one_class, trained.seconds));
+        record.curves.push(curve(stage, &trained.curve));
+        record.layers = layers(&trained.model);
+        record.sizes = sizes;
+        record.wall_seconds = self.seconds()?;
+        self.finish(&record)?;
+        Ok(record)
+    }
+
+    /// Removes the models that a finished [`Run::compress`] left in `out`. Its report stays, and with it the run
+    /// is still known as finished. Leaves an unfinished run alone.
+    ///
+    /// # Errors
+    /// What removing meets.
+    pub fn discard_models(&self) -> Result<()> {
+        if !self.out.join(report::RECORD_FILE).exists() {
+            return Ok(());
+        }
+        for folder in MODELS.map(|name| self.out.join(name)) {
+            match std::fs::remove_dir_all(&folder) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(&folder)(e)),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// A record with what is known before the first stage.
