@@ -42,6 +42,11 @@ impl Progress {
         }
     }
 
+    /// Something the user should know before a run starts.
+    pub(crate) fn note(&mut self, text: &str) {
+        self.say(&format!("note: {text}"), json!({ "event": "note", "text": text }));
+    }
+
     pub(crate) fn preflight(&mut self, p: &Preflight) {
         let maps: usize = p.compressed.iter().map(|(_, n)| n).sum();
         let share = 100.0 * p.compressed_parameters as f64 / p.parameters as f64;

@@ -17,17 +17,28 @@ use serde_json::json;
 use crate::args;
 use crate::progress::Progress;
 
+/// What a training command needs of the model's head.
+#[derive(PartialEq)]
+pub(crate) enum Head {
+    /// It must be trained for the task already.
+    Trained,
+    /// It gets one for the task, unless it has one that fits.
+    New,
+    /// It stays as it is; the command looks at it itself.
+    Either,
+}
+
 /// What every training command reads before it starts.
-struct Start {
+pub(crate) struct Start {
     command: &'static str,
     config: Config,
-    task: &'static Task,
-    model_dir: PathBuf,
-    model: Model,
+    pub(crate) task: &'static Task,
+    pub(crate) model_dir: PathBuf,
+    pub(crate) model: Model,
     tokenizer: Tokenizer,
     train: Dataset,
     dev: Dataset,
-    out: PathBuf,
+    pub(crate) out: PathBuf,
     resume: bool,
     device: Device,
     /// Why the device is the CPU where a GPU was looked for.
@@ -36,8 +47,8 @@ struct Start {
 }
 
 impl Start {
-    /// `command` starts from a model of stage `from`; `trained` says that its head must be trained already.
-    fn read(command: &'static str, from: Stage, trained: bool, m: &ArgMatches) -> Result<Start> {
+    /// `command` starts from a model of stage `from` with such a `head`.
+    pub(crate) fn read(command: &'static str, from: Stage, head: Head, m: &ArgMatches) -> Result<Start> {
         let config = args::settings(command, m)?;
         let task = task(m.get_one::<String>("task").expect("required"))?;
         let out = m.get_one::<PathBuf>("out").expect("required").clone();
@@ -61,13 +72,10 @@ impl Start {
             );
             return Err(Error::Mismatch(message));
         }
-        if trained {
-            args::need_trained_head(&model, &model_dir, task)?;
-        } else {
-            model.set_head(task.head, config.seed)?;
-            if !task.labels.is_empty() {
-                model.set_labels(task.labels);
-            }
+        match head {
+            Head::Trained => args::need_trained_head(&model, &model_dir, task)?,
+            Head::New => model.set_task(task, config.seed)?,
+            Head::Either => {}
         }
         let load = |split| args::load_data(task, data, split, &tokenizer, config.data.max_length, &model);
         let (train, dev) = (load(Split::Train)?, load(Split::Dev)?);
@@ -89,7 +97,7 @@ impl Start {
         })
     }
 
-    fn run(&self) -> Run<'_> {
+    pub(crate) fn run(&self) -> Run<'_> {
         Run {
             config: &self.config,
             task: self.task,
@@ -129,10 +137,15 @@ impl Start {
             return Ok(None);
         }
         self.progress.preflight(&p);
-        for note in self.train.notes.iter().chain(&self.dev.notes).chain(&self.no_gpu) {
-            self.progress.say(&format!("note: {note}"), json!({ "event": "note", "text": note }));
+        for note in self.notes() {
+            self.progress.note(&note);
         }
         Ok(Some(held))
+    }
+
+    /// What the user should know of the data and the device.
+    pub(crate) fn notes(&self) -> Vec<String> {
+        self.train.notes.iter().chain(&self.dev.notes).chain(&self.no_gpu).cloned().collect()
     }
 
     /// The report of a command that ran one stage.
@@ -150,7 +163,7 @@ impl Start {
 }
 
 pub(crate) fn finetune(m: &ArgMatches) -> Result<()> {
-    let mut s = Start::read("finetune", Stage::Dense, false, m)?;
+    let mut s = Start::read("finetune", Stage::Dense, Head::New, m)?;
     let Some(_held) = s.open(s.config.train.fit.batch_size, false, 1)? else { return Ok(()) };
     let mut progress = std::mem::replace(&mut s.progress, Progress::new(m.get_flag("json")));
     let trained = s.run().finetune(&s.model, &s.out, &mut |e| progress.show(e))?;
@@ -158,7 +171,7 @@ pub(crate) fn finetune(m: &ArgMatches) -> Result<()> {
 }
 
 pub(crate) fn prune(m: &ArgMatches) -> Result<()> {
-    let mut s = Start::read("prune", Stage::Dense, true, m)?;
+    let mut s = Start::read("prune", Stage::Dense, Head::Trained, m)?;
     let opened = s.open(s.config.prune.fit.batch_size, s.config.distill.enabled, 1)?;
     let Some(_held) = opened else { return Ok(()) };
     let mut progress = std::mem::replace(&mut s.progress, Progress::new(m.get_flag("json")));
@@ -167,7 +180,7 @@ pub(crate) fn prune(m: &ArgMatches) -> Result<()> {
 }
 
 pub(crate) fn quantize(m: &ArgMatches) -> Result<()> {
-    let mut s = Start::read("quantize", Stage::Pruned, true, m)?;
+    let mut s = Start::read("quantize", Stage::Pruned, Head::Trained, m)?;
     let opened = s.open(s.config.quantize.fit.batch_size, s.config.distill.enabled, 1)?;
     let Some(_held) = opened else { return Ok(()) };
     let mut progress = std::mem::replace(&mut s.progress, Progress::new(m.get_flag("json")));
@@ -185,7 +198,7 @@ pub(crate) fn quantize(m: &ArgMatches) -> Result<()> {
 }
 
 pub(crate) fn compress(m: &ArgMatches) -> Result<()> {
-    let mut s = Start::read("compress", Stage::Dense, true, m)?;
+    let mut s = Start::read("compress", Stage::Dense, Head::Trained, m)?;
     let batch = s.config.prune.fit.batch_size.max(s.config.quantize.fit.batch_size);
     let Some(_held) = s.open(batch, s.config.distill.enabled, 4)? else { return Ok(()) };
     let mut progress = std::mem::replace(&mut s.progress, Progress::new(m.get_flag("json")));
