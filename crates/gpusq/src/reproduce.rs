@@ -206,7 +206,7 @@ impl Reproduction<'_> {
         let kind = format!("reproduce {}", self.experiment.name);
         let base = &self.base;
         let identity = outdir::identity(&kind, base.task.name, self.model, base.train, base.dev);
-        let _held = outdir::open(out, base.resume, &identity, &base.config.to_toml())?;
+        let _held = outdir::open(out, base.resume, &identity, &shared(base.config))?;
 
         let mut all = self.comparison();
         let of = all.planned;
@@ -356,11 +356,17 @@ impl Reproduction<'_> {
             machine: report::Machine::current(rayon::current_num_threads(), &base.device.to_string()),
             version: env!("CARGO_PKG_VERSION").into(),
             command: base.command.clone(),
-            config: base.config.to_toml(),
+            config: shared(base.config),
             notes: std::iter::once(dense.to_string()).chain(of_data).collect(),
             ..Comparison::default()
         }
     }
+}
+
+/// The settings that all runs share, as a file: all but the seed, which stands alone before the first table.
+fn shared(config: &Config) -> String {
+    let text = config.to_toml();
+    text.find("\n[").map_or(String::new(), |at| text[at + 1..].to_string())
 }
 
 /// Where a run lies in its experiment's folder.
@@ -434,7 +440,8 @@ fn rows(variants: &[Variant], all: &Comparison) -> Vec<Row> {
                 one_class: of.iter().filter(|r| r.stages[i].one_class).count(),
                 ..Row::default()
             };
-            (row.outcome, row.verdict) = judge(&row, all.lower_is_better);
+            let dense_of_one = of.iter().filter(|r| r.stages[0].one_class).count();
+            (row.outcome, row.verdict) = judge(&row, dense_of_one, all.lower_is_better);
             rows.push(row);
         }
     }
@@ -442,20 +449,20 @@ fn rows(variants: &[Variant], all: &Comparison) -> Vec<Row> {
 }
 
 /// Whether the mean of a compressed model's main score is below the dense one's by more than the spread, with a
-/// sentence about it.
-fn judge(row: &Row, lower_is_better: bool) -> (Outcome, String) {
+/// sentence about it. With `dense_of_one` seeds the dense model puts all examples into one class.
+fn judge(row: &Row, dense_of_one: usize, lower_is_better: bool) -> (Outcome, String) {
     let Some(difference) = row.metrics.first().and_then(|m| m.difference.as_ref()) else {
         return (Outcome::Unknown, "no score.".into());
     };
     let loss = if lower_is_better { difference.mean } else { -difference.mean };
     let (size, spread) = (format!("{:.2}", loss.abs()), difference.spread);
-    if row.one_class > 0 {
-        let text = format!(
-            "predicts one class for every example with {} of {} seeds.",
-            row.one_class,
-            row.seeds.len()
-        );
-        return (Outcome::Unknown, text);
+    // The score of such a model says nothing, on whichever side it is.
+    for (who, n) in [("", row.one_class), ("the dense model ", dense_of_one)] {
+        if n > 0 {
+            let text =
+                format!("{who}predicts one class for every example with {n} of {} seeds.", row.seeds.len());
+            return (Outcome::Unknown, text);
+        }
     }
     if !loss.is_finite() {
         return (Outcome::Unknown, "has no usable score.".into());
@@ -465,16 +472,14 @@ fn judge(row: &Row, lower_is_better: bool) -> (Outcome, String) {
         let text = format!("{size} {side} than dense; one seed does not tell the spread.");
         return (Outcome::Unknown, text);
     }
+    let said = format!("{size} ± {spread:.2} {side} than dense");
     if loss > spread {
-        return (
-            Outcome::Lost,
-            format!("{size} worse than dense, more than the spread over seeds ({spread:.2})."),
-        );
+        return (Outcome::Lost, format!("{said}, more than the spread over seeds."));
     }
     let text = match size.as_str() {
-        "0.00" => format!("as good as dense (spread over seeds {spread:.2})."),
-        _ if loss > 0.0 => format!("{size} worse than dense, within the spread over seeds ({spread:.2})."),
-        _ => format!("not below dense: {size} better (spread over seeds {spread:.2})."),
+        "0.00" => format!("as good as dense (± {spread:.2})."),
+        _ if loss > 0.0 => format!("{said}, within the spread over seeds."),
+        _ => format!("{said}."),
     };
     (Outcome::Held, text)
 }
@@ -594,6 +599,16 @@ mod tests {
         assert!(summary(vec![]).mean.is_nan() && summary(vec![1.0, f64::NAN]).mean.is_nan());
     }
 
+    #[test]
+    fn the_seed_is_no_shared_setting() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("shared.toml");
+        let config = Config { seed: 7, ..Config::load(None, Some("quick"), &[]).unwrap() };
+        std::fs::write(&file, shared(&config)).unwrap();
+        let read = Config::load(Some(&file), None, &[]).unwrap();
+        assert_eq!(read, Config { seed: Config::default().seed, ..config });
+    }
+
     const VARIANTS: [Variant; 2] =
         [Variant { name: "a", label: "A", settings: &[] }, Variant { name: "b", label: "B", settings: &[] }];
 
@@ -635,12 +650,12 @@ mod tests {
         // 79, 88 and 97 spread by 9; the differences -1, -2 and -3 by 1.
         assert_eq!(of(1, 0), ("accuracy", 88.0, 9.0, Some((vec![-1.0, -2.0, -3.0], -2.0, 1.0))));
         assert_eq!((found[1].outcome, found[1].seeds.as_slice()), (Outcome::Lost, &[1, 2, 3][..]));
-        assert_eq!(found[1].verdict, "2.00 worse than dense, more than the spread over seeds (1.00).");
+        assert_eq!(found[1].verdict, "2.00 ± 1.00 worse than dense, more than the spread over seeds.");
         // Its third seed is still to run, and dense counts for the two that are there alone.
         let b = of(2, 0).3.unwrap();
         assert_eq!((b.0, b.1), (vec![4.0, 0.0], 2.0));
         assert_eq!((found[2].outcome, found[2].seeds.as_slice()), (Outcome::Held, &[1, 2][..]));
-        assert_eq!(found[2].verdict, "not below dense: 2.00 better (spread over seeds 2.83).");
+        assert_eq!(found[2].verdict, "2.00 ± 2.83 better than dense.");
     }
 
     #[test]
@@ -652,10 +667,10 @@ mod tests {
         let (outcome, text) = judged(vec![run("a", 1, [90.0, 91.0]), run("a", 2, [90.0, 88.0])]);
         assert_eq!(
             (outcome, text.as_str()),
-            (Outcome::Held, "0.50 worse than dense, within the spread over seeds (2.12).")
+            (Outcome::Held, "0.50 ± 2.12 worse than dense, within the spread over seeds.")
         );
         let (outcome, text) = judged(vec![run("a", 1, [90.0, 90.0]), run("a", 2, [91.0, 91.0])]);
-        assert_eq!((outcome, text.as_str()), (Outcome::Held, "as good as dense (spread over seeds 0.00)."));
+        assert_eq!((outcome, text.as_str()), (Outcome::Held, "as good as dense (± 0.00)."));
         let (outcome, text) = judged(vec![run("a", 1, [90.0, 70.0])]);
         assert_eq!(
             (outcome, text.as_str()),
@@ -670,6 +685,11 @@ mod tests {
             (outcome, text.as_str()),
             (Outcome::Unknown, "predicts one class for every example with 1 of 2 seeds.")
         );
+        let mut constant = run("a", 2, [90.0, 90.0]);
+        constant.stages[0].one_class = true;
+        let (outcome, text) = judged(vec![run("a", 1, [90.0, 91.0]), constant]);
+        assert_eq!(outcome, Outcome::Unknown);
+        assert_eq!(text, "the dense model predicts one class for every example with 1 of 2 seeds.");
         // A record that someone emptied is no reason to panic.
         assert!(compared(vec![SeedRun { variant: "a".into(), ..SeedRun::default() }]).is_empty());
     }

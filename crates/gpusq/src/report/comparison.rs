@@ -143,7 +143,8 @@ impl Comparison {
 
     /// The row's cells under [`Comparison::head`].
     fn cells(&self, row: &Row) -> Vec<String> {
-        let mut cells = vec![row.name()];
+        let one_class = if row.one_class > 0 { " (one class)" } else { "" };
+        let mut cells = vec![row.name() + one_class];
         for m in &row.metrics {
             cells.push(spread(&m.score, false));
             cells.push(m.difference.as_ref().map_or(String::new(), |d| spread(d, true)));
@@ -160,7 +161,11 @@ impl Comparison {
             true => format!(" · so far {} of {} runs", self.runs.len(), self.planned),
             false => String::new(),
         };
-        format!("{} · {} · {seeds}{going}", self.task, self.model)
+        format!("{} · {seeds}{going}", self.model)
+    }
+
+    fn title(&self) -> String {
+        format!("{}: {}", self.experiment, self.task)
     }
 
     /// How to read the table.
@@ -203,7 +208,7 @@ impl Comparison {
 
     /// The table with the verdicts, as Markdown.
     pub fn markdown(&self) -> String {
-        let mut out = format!("# {}\n\n{}\n\n{}\n\n", self.experiment, self.about, self.facts());
+        let mut out = format!("# {}\n\n{}\n\n{}\n\n", self.title(), self.about, self.facts());
         // A bar would end the cell.
         let line = |cells: Vec<String>| format!("| {} |\n", cells.join(" | "));
         let cell = |text: String| text.replace('|', "\\|");
@@ -225,13 +230,13 @@ impl Comparison {
 
     /// The page: one HTML document (also well-formed XML) that needs nothing beside itself.
     pub fn page(&self) -> String {
-        document(&format!("{}: {}", self.experiment, self.task), |out| {
+        document(&self.title(), |out| {
             put!(out, "<p class=\"muted\">{}</p><p>{}</p>", escape(&self.facts()), escape(&self.about));
             let (outcome, text) = self.verdict();
             put!(out, "<p class=\"verdict {}\">{}</p>", outcome.class(), escape(&text));
             self.verdicts(out);
             if !self.rows.is_empty() {
-                self.figure(out);
+                self.figures(out);
                 self.table(out);
                 self.singles(out);
             }
@@ -264,21 +269,31 @@ impl Comparison {
         out.push_str("</ul>");
     }
 
-    /// The main scores, one group for each variant.
-    fn figure(&self, out: &mut String) {
+    /// The main scores and their differences to dense.
+    fn figures(&self, out: &mut String) {
+        put!(out, "<h2 id=\"plot\">{}</h2><div class=\"plots\">", escape(&self.main_metric));
+        self.figure(out, "Score", |m| Some(&m.score));
+        self.figure(out, "Difference to dense of the same seed", |m| m.difference.as_ref());
+        put!(
+            out,
+            "</div><p class=\"muted\">Large: mean, with the {} as a bar. Small: each seed. Upright: the dense model, with its \
+             own as a band.</p>",
+            escape(&self.spread)
+        );
+    }
+
+    /// `what` of the main metric, one group for each variant.
+    fn figure(&self, out: &mut String, title: &str, what: fn(&Measured) -> Option<&Summary>) {
         const CLASSES: [&str; 3] = ["series0", "series1", "series2"];
+        let Some((dense, compressed)) = self.rows.split_first() else { return };
+        let mark = |row: &Row, class| match row.metrics.first().and_then(what) {
+            Some(s) => Mark { class, points: s.values.clone(), mean: s.mean, spread: s.spread },
+            // Only the dense model has no difference: it is what the others differ from.
+            None => Mark { class, points: vec![], mean: 0.0, spread: f64::NAN },
+        };
         let mut stages: Vec<&str> = Vec::new();
         let mut groups: Vec<(&str, Vec<Mark>)> = Vec::new();
-        let mark = |row: &Row, class| {
-            let none = Mark { class, points: vec![], mean: f64::NAN, spread: f64::NAN };
-            row.metrics.first().map_or(none, |m| Mark {
-                class,
-                points: m.score.values.clone(),
-                mean: m.score.mean,
-                spread: m.score.spread,
-            })
-        };
-        for row in &self.rows[1..] {
+        for row in compressed {
             let known = stages.iter().position(|s| *s == row.stage);
             let place = known.unwrap_or_else(|| {
                 stages.push(&row.stage);
@@ -290,10 +305,9 @@ impl Comparison {
                 None => groups.push((&row.label, vec![mark])),
             }
         }
-        let dense = mark(&self.rows[0], "loss");
-        put!(out, "<h2 id=\"plot\">{}</h2><figure><ul class=\"key\">", escape(&self.main_metric));
+        put!(out, "<figure><h3>{title}</h3><ul class=\"key\">");
         let names = stages.iter().enumerate().map(|(i, s)| (CLASSES[i % CLASSES.len()], *s));
-        for (class, name) in std::iter::once(("loss", self.rows[0].label.as_str())).chain(names) {
+        for (class, name) in std::iter::once(("loss", dense.label.as_str())).chain(names) {
             let dot = match class {
                 "loss" => String::new(),
                 _ => format!("<circle class=\"{class}\" cx=\"12\" cy=\"5\" r=\"4\"/>"),
@@ -304,13 +318,8 @@ impl Comparison {
                 escape(name)
             );
         }
-        let label = format!("{} of each model, with its spread over seeds", self.main_metric);
-        put!(
-            out,
-            "</ul>{}<figcaption>Large: mean, with the spread as a bar. Small: each seed. Upright: the dense model, with its \
-             spread as a band.</figcaption></figure>",
-            dots(&label, &dense, &groups)
-        );
+        let label = format!("{}: {title} of each model, with its spread over seeds", self.main_metric);
+        put!(out, "</ul>{}</figure>", dots(&label, &mark(dense, "loss"), &groups));
     }
 
     fn table(&self, out: &mut String) {
@@ -321,11 +330,7 @@ impl Comparison {
         open_table(out, "Scores", &format!("<th>{}</th>{numbers}", head[0]));
         for row in &self.rows {
             let cells = self.cells(row);
-            put!(out, "<tr><td>{}", escape(&cells[0]));
-            if row.one_class > 0 {
-                put!(out, " <span class=\"bad\">one class</span>");
-            }
-            out.push_str("</td>");
+            put!(out, "<tr><td>{}</td>", escape(&cells[0]));
             for cell in &cells[1..] {
                 put!(out, "<td class=\"num\">{}</td>", escape(cell));
             }
@@ -452,6 +457,9 @@ mod tests {
         ] {
             assert!(text.contains(line), "{line}\nis not in\n{text}");
         }
+        let mut c = comparison("");
+        c.rows[2].one_class = 1;
+        assert!(c.markdown().contains("| gemm: INT8 (one class) |"));
         assert!(comparison("a|b").markdown().contains("accuracya\\|b"), "a bar ends no cell");
     }
 
@@ -473,7 +481,11 @@ mod tests {
             for cell in ["91.00 ± 1.41", "−1.50 ± 0.71", "88.00", &format!("gemm{s}: INT8")] {
                 assert!(cells.iter().any(|c| c == cell), "{cell} is not in {cells:?}");
             }
-            assert_eq!(doc.descendants().filter(|n| n.attribute("class") == Some("name")).count(), 1);
+            assert_eq!(
+                doc.descendants().filter(|n| n.attribute("class") == Some("name")).count(),
+                2,
+                "two plots"
+            );
             assert!(!page.contains("NaN"), "{page}");
         }
         // Before the first run is finished there is no table, and the page says so.
