@@ -185,7 +185,7 @@ impl Comparison {
         match (judged.len(), unknown) {
             (0, _) => (Outcome::Unknown, "No compressed model was scored yet.".into()),
             (all, 1..) if unknown == all => {
-                (Outcome::Unknown, "Nothing can be said of the compressed models yet.".into())
+                (Outcome::Unknown, "Nothing can be said of the compressed models.".into())
             }
             (all, _) => {
                 let unknown =
@@ -507,10 +507,7 @@ mod tests {
             "{text}"
         );
         c.rows[1].outcome = Outcome::Unknown;
-        assert_eq!(
-            c.verdict(),
-            (Outcome::Unknown, "Nothing can be said of the compressed models yet.".into())
-        );
+        assert_eq!(c.verdict(), (Outcome::Unknown, "Nothing can be said of the compressed models.".into()));
     }
 
     #[test]
