@@ -63,7 +63,7 @@ pub const EXPERIMENTS: &[Experiment] = &[
                 (paper, figure 4)",
         settings: &[("distill.enabled", "true")],
         variants: &[
-            Variant { name: "attention-dense", label: "dense attention", settings: &[("prune.attention", "none")] },
+            Variant { name: "attention-dense", label: "attention dense (GEMM)", settings: &[("prune.attention", "none")] },
             Variant { name: "attention-2of4", label: "attention 2:4", settings: &[("prune.attention", "2:4")] },
             Variant { name: "attention-2of8", label: "attention 2:8", settings: &[("prune.attention", "2:8")] },
             Variant { name: "attention-1of4", label: "attention 1:4", settings: &[("prune.attention", "1:4")] },

@@ -84,9 +84,9 @@ fn a_table_is_made_of_ordinary_runs_and_only_missing_ones_are_repeated() {
         }
     }
     let table = std::fs::read_to_string(out.join("table.md")).unwrap();
-    assert!(table.contains("| GEMM-MHA, labels alone: 2:4 INT8 |"), "{table}");
+    assert!(table.contains("| GEMM-MHA, labels alone · 2:4 INT8 |"), "{table}");
     let page = std::fs::read_to_string(out.join("report.html")).unwrap();
-    assert!(page.contains("GEMM-MHA, distilled: 2:4 INT8") && page.contains("class=\"band\""), "{page}");
+    assert!(page.contains("GEMM-MHA, distilled · 2:4 INT8") && page.contains("class=\"band\""), "{page}");
 
     // The dense models stay for those who go on; of the others only the reports do.
     let weights = |out: &Path| -> Vec<String> {

@@ -117,7 +117,7 @@ pub struct SeedRun {
 impl Row {
     /// The variant and which of its models.
     fn name(&self) -> String {
-        if self.stage.is_empty() { self.label.clone() } else { format!("{}: {}", self.label, self.stage) }
+        if self.stage.is_empty() { self.label.clone() } else { format!("{} · {}", self.label, self.stage) }
     }
 }
 
@@ -448,9 +448,9 @@ mod tests {
         for line in [
             "| Model | accuracy | Δ accuracy | f1 | Δ f1 | Seeds |\n|---|---:|---:|---:|---:|---:|",
             "| dense | 91.00 ± 1.41 |  | – |  | 2 |",
-            "| gemm: FP16 | 92.00 ± 1.41 | +1.00 ± 0.00 | – |  | 2 |",
-            "| gemm: INT8 | 89.50 ± 2.12 | −1.50 ± 0.71 | – |  | 2 |",
-            "- gemm: INT8: a verdict",
+            "| gemm · FP16 | 92.00 ± 1.41 | +1.00 ± 0.00 | – |  | 2 |",
+            "| gemm · INT8 | 89.50 ± 2.12 | −1.50 ± 0.71 | – |  | 2 |",
+            "- gemm · INT8: a verdict",
             "Mean over the seeds ± standard deviation.",
             "1 of 2 compressed models kept the dense accuracy, 1 fell below it",
             "seeds 4, 5 · so far 1 of 4 runs",
@@ -459,7 +459,7 @@ mod tests {
         }
         let mut c = comparison("");
         c.rows[2].one_class = 1;
-        assert!(c.markdown().contains("| gemm: INT8 (one class) |"));
+        assert!(c.markdown().contains("| gemm · INT8 (one class) |"));
         assert!(comparison("a|b").markdown().contains("accuracya\\|b"), "a bar ends no cell");
     }
 
@@ -478,7 +478,7 @@ mod tests {
                 .filter(|n| n.has_tag_name("td"))
                 .map(|n| n.descendants().filter_map(|t| t.text().filter(|_| t.is_text())).collect())
                 .collect();
-            for cell in ["91.00 ± 1.41", "−1.50 ± 0.71", "88.00", &format!("gemm{s}: INT8")] {
+            for cell in ["91.00 ± 1.41", "−1.50 ± 0.71", "88.00", &format!("gemm{s} · INT8")] {
                 assert!(cells.iter().any(|c| c == cell), "{cell} is not in {cells:?}");
             }
             assert_eq!(
