@@ -4,14 +4,14 @@
 use std::path::Path;
 
 use gpusq::arch::Config as ModelConfig;
-use gpusq::compress::{calibration, prune_weights};
+use gpusq::compress::{Run, calibration, prune_weights};
 use gpusq::config::{Config, Fit};
 use gpusq::distill::Mix;
 use gpusq::forward::Inputs;
 use gpusq::model::{Model, Stage};
 use gpusq::params::Weight;
 use gpusq::quant::calibrate;
-use gpusq::task::{Dataset, Example, HeadKind, Scores, Split, Target};
+use gpusq::task::{Dataset, Example, HeadKind, Scores, Split, Target, Tokenizer, task};
 use gpusq::tensor::Device;
 use gpusq::train::batch::collate;
 use gpusq::train::{Event, Recipe, State, fit};
@@ -241,6 +241,42 @@ fn a_loss_that_is_not_finite_is_an_error_with_advice() {
     m.params.insert("embed.word", Weight::Dense(poisoned));
     let e = message(1.0, &mut m);
     assert!(e.contains("step 1,") && e.contains("config.json") && !e.contains("learning rate"), "{e}");
+}
+
+#[test]
+fn models_are_discarded_of_finished_runs_only() {
+    let out = tempfile::tempdir().unwrap();
+    let (config, d, tokenizer) = (
+        Config::default(),
+        data(),
+        Tokenizer::word_piece(&["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]).unwrap(),
+    );
+    let run = Run {
+        config: &config,
+        task: task("sst2").unwrap(),
+        train: &d,
+        dev: &d,
+        tokenizer: &tokenizer,
+        tokenizer_dir: None,
+        out: out.path(),
+        resume: true,
+        command: String::new(),
+        device: Device::Cpu,
+    };
+    let models = ["pruned", "packed-fp16", "quantized", "packed"].map(|name| out.path().join(name));
+    let other = out.path().join("mine");
+    for folder in models.iter().chain([&other]) {
+        std::fs::create_dir(folder).unwrap();
+        std::fs::write(folder.join("model.safetensors"), "x").unwrap();
+    }
+    run.discard_models().unwrap();
+    assert!(models.iter().all(|m| m.exists()), "the run may go on from them");
+    std::fs::write(out.path().join("run.json"), "{}").unwrap();
+    run.discard_models().unwrap();
+    assert!(models.iter().all(|m| !m.exists()));
+    assert!(other.join("model.safetensors").exists());
+    // Again, where they are gone already.
+    run.discard_models().unwrap();
 }
 
 /// 50 steps of every stage: the loss curves of all devices are the CPU's to 1e-3 of the loss.
