@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 use gpusq::arch::labels;
-use gpusq::config::{self, Config, SettingInfo};
+use gpusq::config::{self, Config, Precision, SettingInfo};
+use gpusq::forward::Compute;
 use gpusq::hub;
 use gpusq::model::Model;
 use gpusq::reproduce::{EXPERIMENTS, Experiment};
@@ -57,7 +58,7 @@ pub(crate) fn command() -> Command {
         .subcommand(
             Command::new("eval")
                 .about("Score a model of any stage; packed ones run in the engine")
-                .args([model(), task().required(false), data(), split(), device(), json()])
+                .args([model(), task().required(false), data(), split(), device(), precision(), json()])
                 .arg(Arg::new("max-length").long("max-length").value_name("TOKENS").value_parser(value_parser!(usize)).help("Longest input (default: as the model was trained, or the task's own)"))
                 .arg(Arg::new("batch-size").long("batch-size").value_name("N").value_parser(value_parser!(u16).range(1..)).default_value("32").help("Examples at a time")),
         )
@@ -77,6 +78,7 @@ pub(crate) fn command() -> Command {
                 .arg(out().required(false).default_value("gpusq-demo"))
                 .arg(seed())
                 .arg(device())
+                .arg(precision())
                 .arg(json()),
         )
 }
@@ -132,6 +134,7 @@ fn training(name: &'static str, about: &'static str) -> Command {
             .value_name("NAME")
             .help("Named settings that the file and flags override"),
         device(),
+        precision(),
         Arg::new("resume").long("resume").action(ArgAction::SetTrue).help(
             "Continue the interrupted run in --out, with the same command; starts one if there is none",
         ),
@@ -230,6 +233,12 @@ fn keep_models() -> Arg {
         .help("Keep the compressed models of finished runs too, not only their reports")
 }
 
+fn precision() -> Arg {
+    Arg::new("precision").long("precision").value_name("PRECISION").help(
+        "f32, bf16 (GPUs; weights, sums and optimiser stay f32) or auto: bf16 on a GPU, f32 on a CPU [default: auto]",
+    )
+}
+
 fn json() -> Arg {
     Arg::new("json")
         .long("json")
@@ -276,8 +285,10 @@ pub(crate) fn settings(command: &str, m: &ArgMatches) -> Result<Config> {
     if let Some(v) = m.try_get_one::<String>("attention").ok().flatten() {
         overrides.push(("prune.attention".into(), v.clone()));
     }
-    if let Some(v) = m.try_get_one::<String>("seed").ok().flatten() {
-        overrides.push(("seed".into(), v.clone()));
+    for name in ["seed", "precision"] {
+        if let Some(v) = m.try_get_one::<String>(name).ok().flatten() {
+            overrides.push((name.into(), v.clone()));
+        }
     }
     let file = m.get_one::<PathBuf>("config").map(PathBuf::as_path);
     Config::load(file, m.get_one::<String>("preset").map(String::as_str), &overrides)
@@ -322,14 +333,14 @@ pub(crate) fn model_dir(m: &ArgMatches) -> Result<PathBuf> {
     hub::resolve(m.get_one::<String>("model").expect("required"))
 }
 
-/// The device of `--device`, and why it is the CPU where a GPU was looked for.
-pub(crate) fn device_of(m: &ArgMatches) -> Result<(Device, Option<String>)> {
+/// `precision` on the device of `--device`, and why that is the CPU where a GPU was looked for.
+pub(crate) fn compute(m: &ArgMatches, precision: Precision) -> Result<(Compute, Option<String>)> {
     let (device, why) =
         Device::named(m.get_one::<String>("device").expect("has a default")).map_err(|e| match e {
             CudaError::Name(_) => Error::Config(e.to_string()),
             e => Error::Device(e),
         })?;
-    Ok((device, why.map(|e| format!("no GPU is used: {e}"))))
+    Ok((Compute::new(device, precision)?, why.map(|e| format!("no GPU is used: {e}"))))
 }
 
 /// A model's folder, tokenizer and weights.

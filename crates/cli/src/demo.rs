@@ -90,7 +90,10 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
         c.distill.enabled = false;
         c
     };
-    let (device, no_gpu) = args::device_of(m)?;
+    if let Some(v) = m.get_one::<String>("precision") {
+        config.set("precision", v)?;
+    }
+    let (compute, no_gpu) = args::compute(m, config.precision)?;
     if let Some(why) = no_gpu {
         progress.say(&format!("note: {why}"), json!({ "event": "note", "text": why }));
     }
@@ -104,7 +107,7 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
         out,
         resume: false,
         command: args::typed(),
-        device,
+        compute,
     };
     let (dense_dir, with_dir, without_dir) =
         (out.join("dense"), out.join("compressed"), out.join("no-distill"));

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::ArgMatches;
+use gpusq::config::Config;
 use gpusq::evaluate::predict;
 use gpusq::preflight::check_fit;
 use gpusq::task::{Split, one_class, task};
@@ -17,7 +18,11 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
     let split: Split = m.get_one::<String>("split").expect("has a default").parse()?;
     // A task that does not exist is found before a model is downloaded.
     m.get_one::<String>("task").map(|name| task(name)).transpose()?;
-    let (device, _) = args::device_of(m)?;
+    let mut settings = Config::default();
+    if let Some(v) = m.get_one::<String>("precision") {
+        settings.set("precision", v)?;
+    }
+    let (compute, _) = args::compute(m, settings.precision)?;
     let dir = args::model_dir(m)?;
     let (model, tokenizer) = args::load_model(&dir)?;
     let name = m.get_one::<String>("task").or(model.task.as_ref()).ok_or_else(|| {
@@ -31,7 +36,7 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
     check_fit(&model, &tokenizer, &[&dataset])?;
     let start = Instant::now();
     let batch = usize::from(*m.get_one::<u16>("batch-size").expect("has a default"));
-    let outputs = predict(&model, &dataset, batch, tokenizer.pad_id(), device, &mut |_| {})?;
+    let outputs = predict(&model, &dataset, batch, tokenizer.pad_id(), compute, &mut |_| {})?;
     let seconds = start.elapsed().as_secs_f64();
     let scores = dataset.score(&outputs);
     let one_class = one_class(&dataset, &outputs);

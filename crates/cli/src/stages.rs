@@ -6,11 +6,11 @@ use clap::ArgMatches;
 use gpusq::compress::{self, Run, Trained};
 use gpusq::config::Config;
 use gpusq::format::packed::PACKED_FILE;
+use gpusq::forward::Compute;
 use gpusq::model::{Model, Stage};
 use gpusq::outdir::{self, Held};
 use gpusq::preflight::preflight;
 use gpusq::task::{Dataset, Scores, Split, Task, Tokenizer, task};
-use gpusq::tensor::Device;
 use gpusq::{Error, Result, report};
 use serde_json::json;
 
@@ -40,7 +40,7 @@ pub(crate) struct Start {
     dev: Dataset,
     pub(crate) out: PathBuf,
     resume: bool,
-    device: Device,
+    compute: Compute,
     /// Why the device is the CPU where a GPU was looked for.
     no_gpu: Option<String>,
     progress: Progress,
@@ -55,7 +55,7 @@ impl Start {
         let data = m.get_one::<PathBuf>("data").expect("required");
         let resume = m.get_flag("resume");
         outdir::check(&out, resume)?;
-        let (device, no_gpu) = args::device_of(m)?;
+        let (compute, no_gpu) = args::compute(m, config.precision)?;
         let model_dir = args::model_dir(m)?;
         let (mut model, tokenizer) = args::load_model(&model_dir)?;
         if model.stage != from {
@@ -91,7 +91,7 @@ impl Start {
             dev,
             out,
             resume,
-            device,
+            compute,
             no_gpu,
             progress,
         })
@@ -108,7 +108,7 @@ impl Start {
             out: &self.out,
             resume: self.resume,
             command: args::typed(),
-            device: self.device,
+            compute: self.compute,
         }
     }
 
@@ -123,7 +123,7 @@ impl Start {
             teacher,
             stages,
             self.command != "finetune",
-            self.device,
+            self.compute,
             &self.out,
         )?;
         let held = self.run().open(self.command, &self.model)?;

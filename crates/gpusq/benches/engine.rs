@@ -13,11 +13,11 @@ use gpusq::arch::Config;
 use gpusq::compress::prune_weights;
 use gpusq::config::{self, Method};
 use gpusq::engine::Engine;
-use gpusq::forward::{Bound, Inputs, TapSet, Tokens, forward};
+use gpusq::forward::{Bound, Compute, Inputs, TapSet, Tokens, forward};
 use gpusq::model::Model;
 use gpusq::quant::{Calibration, calibrate};
+use gpusq::tensor::Tape;
 use gpusq::tensor::ops::masked::MaskGradient;
-use gpusq::tensor::{Device, Tape};
 
 const CONFIG: &str = r#"{"model_type": "bert", "architectures": ["BertForSequenceClassification"],
     "vocab_size": 30522, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
@@ -38,7 +38,7 @@ fn inputs(batch: usize, length: usize) -> Inputs {
 
 fn quantised(dense: &Model) -> Model {
     let mut model = dense.clone();
-    prune_weights(&mut model, &config::Config::default().prune, &[], Device::Cpu)
+    prune_weights(&mut model, &config::Config::default().prune, &[], Compute::CPU)
         .expect("the model is dense");
     let how = Calibration {
         weights: Method::Absmax,
@@ -46,7 +46,7 @@ fn quantised(dense: &Model) -> Model {
         percentile: 99.9,
         outputs: Vec::new(),
     };
-    calibrate(&mut model, &[inputs(2, 64)], &how, Device::Cpu).expect("a CPU does not fail");
+    calibrate(&mut model, &[inputs(2, 64)], &how, Compute::CPU).expect("a CPU does not fail");
     model
 }
 
@@ -60,7 +60,7 @@ fn main() {
     let dense = model();
     let engine = Engine::load(&quantised(&dense).packed().expect("it is 2:4")).expect("it is packed");
     let tape = Tape::inference();
-    let bound = Bound::new(&tape, &dense.params, MaskGradient::Kept);
+    let bound = Bound::new(&tape, &dense.params, MaskGradient::Kept, Compute::CPU);
     println!("{} threads; milliseconds, best / median", rayon::current_num_threads());
     println!("{:>16}  {:>17}  {:>17}  {:>13}", "batch x length", "f32 forward", "INT8 engine", "ratio");
     for (batch, length) in [(8, 128), (1, 128), (32, 32), (1, 16)] {

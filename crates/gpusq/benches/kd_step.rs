@@ -9,10 +9,9 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use gpusq::arch::Config;
 use gpusq::config;
 use gpusq::distill::{Mix, Targets};
-use gpusq::forward::{Inputs, Tokens};
+use gpusq::forward::{Compute, Inputs, Tokens};
 use gpusq::model::Model;
 use gpusq::sparsity::Pattern;
-use gpusq::tensor::Device;
 use gpusq::train::batch::Batch;
 use gpusq::train::{Recipe, Stepper};
 
@@ -44,7 +43,7 @@ fn step(c: &mut Criterion) {
             seed: 1,
             checkpoint: None,
             pad: 0,
-            device: Device::Cpu,
+            compute: Compute::CPU,
         };
         let stepper = Stepper::new(&student, &how).unwrap();
         let mut moments = BTreeMap::new();

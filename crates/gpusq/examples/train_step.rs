@@ -1,7 +1,7 @@
 //! Times one knowledge-distillation step on random weights and tokens: teacher and student forward, span loss + KL +
 //! features, backward, clipping, AdamW.
 //!
-//! `train_step SIZE BATCH LENGTH DEVICE dense|gpusq [STEPS]`, with SIZE tiny, mini, base or large. `gpusq` is the
+//! `train_step SIZE BATCH LENGTH DEVICE PRECISION dense|gpusq [STEPS]`, with SIZE tiny, mini, base or large. `gpusq` is the
 //! second stage of compression: 2:4 weights, fake quantisation, 2:4 attention. One line: median step, peak memory.
 
 use std::collections::BTreeMap;
@@ -12,7 +12,7 @@ use gpusq::arch::Config;
 use gpusq::compress::{calibration, prune_weights};
 use gpusq::config;
 use gpusq::distill::{Mix, Targets};
-use gpusq::forward::{Inputs, Tokens};
+use gpusq::forward::{Compute, Inputs, Tokens};
 use gpusq::model::Model;
 use gpusq::quant::calibrate;
 use gpusq::sparsity::Pattern;
@@ -31,12 +31,17 @@ const SIZES: [(&str, [usize; 4]); 4] = [
 fn main() {
     let start = Instant::now();
     let words: Vec<String> = std::env::args().skip(1).collect();
-    let usage = "train_step tiny|mini|base|large BATCH LENGTH DEVICE dense|gpusq [STEPS]";
-    let [size, batch, length, device, what, rest @ ..] = &words[..] else { panic!("usage: {usage}") };
+    let usage = "train_step tiny|mini|base|large BATCH LENGTH DEVICE f32|bf16 dense|gpusq [STEPS]";
+    let [size, batch, length, device, precision, what, rest @ ..] = &words[..] else {
+        panic!("usage: {usage}")
+    };
     let (_, [layers, hidden, heads, inner]) = *SIZES.iter().find(|s| s.0 == size).expect(usage);
     let (batch, length): (usize, usize) = (batch.parse().expect(usage), length.parse().expect(usage));
     let steps: usize = rest.first().map_or(30, |n| n.parse().expect(usage));
     let (device, _) = Device::named(device).unwrap();
+    let mut settings = config::Config::default();
+    settings.set("precision", precision).unwrap();
+    let compute = Compute::new(device, settings.precision).unwrap();
     let config = format!(
         r#"{{"model_type":"bert","architectures":["BertForQuestionAnswering"],"vocab_size":30522,
         "hidden_size":{hidden},"num_hidden_layers":{layers},"num_attention_heads":{heads},
@@ -52,10 +57,9 @@ fn main() {
     let targets = Targets::Spans { start: vec![5; batch], end: vec![9; batch] };
     let b = Batch { inputs: Inputs { tokens, target: None }, targets };
     if what == "gpusq" {
-        let mut settings = config::Config::default();
         settings.prune.attention = Some(Pattern::TWO_FOUR);
         for m in [&mut teacher, &mut student] {
-            prune_weights(m, &settings.prune, &[], device).unwrap();
+            prune_weights(m, &settings.prune, &[], compute).unwrap();
         }
         let few = Tokens {
             batch: 1,
@@ -65,7 +69,7 @@ fn main() {
             mask: None,
         };
         let few = Inputs { tokens: few, target: None };
-        calibrate(&mut student, &[few], &calibration(&settings.quantize), device).unwrap();
+        calibrate(&mut student, &[few], &calibration(&settings.quantize), compute).unwrap();
     }
     let optimizer = config::Fit { learning_rate: 1e-5, ..config::Fit::default() };
     let how = Recipe {
@@ -78,7 +82,7 @@ fn main() {
         seed: 1,
         checkpoint: None,
         pad: 0,
-        device,
+        compute,
     };
     let stepper = Stepper::new(&student, &how).unwrap();
     student.params = student.params.to(device);
@@ -103,7 +107,7 @@ fn main() {
     }
     times.sort_by(f64::total_cmp);
     println!(
-        "RESULT gpusq size={size} bs={batch} seq={length} dev={device} what={what} step_ms={:.2} min={:.2} max={:.2} \
+        "RESULT gpusq size={size} bs={batch} seq={length} on={compute} what={what} step_ms={:.2} min={:.2} max={:.2} \
          steps={} loss={first:.4}->{last:.4} peak={peak:.2}GiB first_step_s={to_first:.1}",
         times[times.len() / 2],
         times[0],

@@ -14,7 +14,7 @@ use crate::config::{self, Config, Site};
 use crate::distill::Mix;
 use crate::evaluate::predict;
 use crate::format::packed::round_dense;
-use crate::forward::{Bound, Inputs, TapSet, forward};
+use crate::forward::{Bound, Compute, Inputs, TapSet, forward};
 use crate::model::{MANIFEST_FILE, Model, PACKED_FILE, STATE_DIR, Stage, apply, compressible};
 use crate::outdir::{self, Held};
 use crate::params::Weight;
@@ -49,8 +49,8 @@ pub struct Run<'a> {
     pub resume: bool,
     /// The command line, for the report.
     pub command: String,
-    /// Where models other than packed ones are trained and run.
-    pub device: Device,
+    /// Where and in what models other than packed ones are trained and run.
+    pub compute: Compute,
 }
 
 /// What a run tells whoever watches.
@@ -87,7 +87,7 @@ const MODELS: [&str; 4] = ["pruned", "packed-fp16", "quantized", "packed"];
 const EVAL_BATCH: usize = 32;
 
 /// Gives every compressible weight of a dense model its mask: pruning without training. `samples` are
-/// needed by criteria that look at inputs, on `device`.
+/// needed by criteria that look at inputs, computed as `compute` says.
 ///
 /// # Errors
 /// A model that is not dense, an unknown criterion, what a GPU meets.
@@ -95,7 +95,7 @@ pub fn prune_weights(
     model: &mut Model,
     settings: &config::Prune,
     samples: &[Inputs],
-    device: Device,
+    compute: Compute,
 ) -> Result<()> {
     if model.stage != Stage::Dense {
         return Err(Error::Mismatch(format!(
@@ -110,17 +110,17 @@ pub fn prune_weights(
     let mut stats: BTreeMap<String, InputStats> = BTreeMap::new();
     if entry.needs_inputs {
         let tape = Tape::inference();
-        let bound = Bound::new(&tape, &model.params.to(device), MaskGradient::Kept);
+        let bound = Bound::new(&tape, &model.params, MaskGradient::Kept, compute);
         let want = TapSet { linears: true, ..TapSet::default() };
         let read: BTreeSet<String> = model.spec.linears().into_iter().map(|l| l.input).collect();
         for inputs in samples {
             let taps = forward(&tape, &model.spec, &bound, None, inputs, want).taps;
             for (name, v) in taps.iter().filter(|(name, _)| read.contains(*name)) {
-                let t = unpadded(&v.value().to(Device::Cpu), inputs.tokens.mask.as_deref());
+                let t = unpadded(&v.value().to(Device::Cpu).to_f32(), inputs.tokens.mask.as_deref());
                 stats.entry(name.clone()).or_insert_with(|| InputStats::new(t.width())).add(&t);
             }
         }
-        device.check()?;
+        compute.device.check()?;
     }
     for l in model.spec.linears().iter().filter(|l| compressible(l).is_none()) {
         let name = format!("{}.weight", l.name);
@@ -228,7 +228,7 @@ impl Run<'_> {
     /// # Errors
     /// What the engine says of a packed model it cannot run.
     pub fn score(&self, model: &Model, name: &str, watch: &mut Watch) -> Result<(Scores, bool)> {
-        let outputs = predict(model, self.dev, EVAL_BATCH, self.pad(), self.device, &mut |_| {})?;
+        let outputs = predict(model, self.dev, EVAL_BATCH, self.pad(), self.compute, &mut |_| {})?;
         let scores = self.dev.score(&outputs);
         watch(Event::Scored { name, scores: &scores });
         let one_class = one_class(self.dev, &outputs);
@@ -362,7 +362,7 @@ impl Run<'_> {
         };
         let start = &mut || {
             let mut model = dense.clone();
-            prune_weights(&mut model, p, &self.samples(), self.device)?;
+            prune_weights(&mut model, p, &self.samples(), self.compute)?;
             Ok(model)
         };
         self.stage("2:4", dir, start, recipe, watch)
@@ -387,7 +387,7 @@ impl Run<'_> {
         };
         let start = &mut || {
             let mut model = pruned.clone();
-            quant::calibrate(&mut model, &self.samples(), &calibration(q), self.device)?;
+            quant::calibrate(&mut model, &self.samples(), &calibration(q), self.compute)?;
             Ok(model)
         };
         self.stage("2:4 INT8", dir, start, recipe, watch)
@@ -404,7 +404,7 @@ impl Run<'_> {
             seed: self.config.seed,
             checkpoint: None,
             pad: self.pad(),
-            device: self.device,
+            compute: self.compute,
         }
     }
 
@@ -516,7 +516,7 @@ impl Run<'_> {
                 _ => variant(model.attention, &self.config.distill),
             },
             started: Times::of(self.out)?.started,
-            machine: report::Machine::current(rayon::current_num_threads(), &self.device.to_string()),
+            machine: report::Machine::current(rayon::current_num_threads(), &self.compute.to_string()),
             version: env!("CARGO_PKG_VERSION").into(),
             command: self.command.clone(),
             config: self.config.to_toml(),

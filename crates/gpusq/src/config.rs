@@ -38,7 +38,7 @@ macro_rules! table {
         $(#[$meta:meta])*
         pub struct $name:ident {
             $($(#[doc = $doc:literal])+ $field:ident: $type:ty = $default:expr $(, $range:expr)?;)*
-            $(..$fit:ident)?
+            $(..$fit:ident = $start:expr)?
         }
     ) => {
         $(#[$meta])*
@@ -53,7 +53,7 @@ macro_rules! table {
 
         impl Default for $name {
             fn default() -> Self {
-                $name { $($field: $default,)* $($fit: Fit::default(),)? }
+                $name { $($field: $default,)* $($fit: $start,)? }
             }
         }
 
@@ -87,6 +87,18 @@ choice! {
         Constant = "constant",
         /// Falls along half a cosine to 0 at the last step.
         Cosine = "cosine",
+    }
+}
+
+choice! {
+    /// What a model is trained and run in.
+    pub enum Precision {
+        /// bf16 on a GPU, f32 on a CPU.
+        Auto = "auto",
+        /// 32-bit floats throughout.
+        F32 = "f32",
+        /// Activations and their products in bfloat16; weights, sums and the optimiser in f32. On GPUs.
+        Bf16 = "bf16",
     }
 }
 
@@ -191,10 +203,18 @@ table! {
     }
 }
 
+impl Fit {
+    /// Defaults of the stages that compress. The teacher is not dropped out, and a student that is cannot follow it:
+    /// dropout cost up to 3 points there (`results/`).
+    fn of_compression() -> Fit {
+        Fit { dropout: Some(0.0), ..Fit::default() }
+    }
+}
+
 table! {
     /// Dense fine-tuning, before any compression.
     pub struct Train {
-        ..fit
+        ..fit = Fit::default()
     }
 }
 
@@ -211,7 +231,7 @@ table! {
         mask_update_every: usize = 0, 0.0..=1e9;
         /// Running loss at which the stage ends early, the paper's delta_prune ("none": runs all epochs).
         stop_loss: Option<f64> = None, above(0.0);
-        ..fit
+        ..fit = Fit::of_compression()
     }
 }
 
@@ -234,7 +254,7 @@ table! {
         scale_learning_rate: f64 = 1e-3, 0.0..=1.0;
         /// Running loss at which the stage ends early, the paper's delta_calibrate ("none": runs all epochs).
         stop_loss: Option<f64> = None, above(0.0);
-        ..fit
+        ..fit = Fit::of_compression()
     }
 }
 
@@ -260,6 +280,12 @@ table! {
 macro_rules! seed_doc {
     () => {
         "Seed of everything random: order of examples, dropout, new heads."
+    };
+}
+
+macro_rules! precision_doc {
+    () => {
+        "What models are trained and run in: f32, bf16 (on GPUs; weights, sums and the optimiser stay f32), or auto, bf16 on a GPU and f32 on a CPU."
     };
 }
 
@@ -294,6 +320,8 @@ impl Distill {
 pub struct Config {
     #[doc = seed_doc!()]
     pub seed: u64,
+    #[doc = precision_doc!()]
+    pub precision: Precision,
     /// `[data]`
     pub data: Data,
     /// `[train]`
@@ -310,6 +338,7 @@ impl Default for Config {
     fn default() -> Self {
         Config {
             seed: 42,
+            precision: Precision::Auto,
             data: Data::default(),
             train: Train::default(),
             prune: Prune::default(),
@@ -427,9 +456,12 @@ impl Config {
     }
 
     fn tables(&mut self) -> Vec<(&'static str, Vec<Field<'_>>)> {
-        let seed = Field { key: "seed", doc: seed_doc!().into(), range: Range::ANY, slot: &mut self.seed };
+        let range = Range::ANY;
+        let seed = Field { key: "seed", doc: seed_doc!().into(), range, slot: &mut self.seed };
+        let doc = precision_doc!().into();
+        let precision = Field { key: "precision", doc, range, slot: &mut self.precision };
         vec![
-            ("", vec![seed]),
+            ("", vec![seed, precision]),
             ("data", self.data.fields()),
             ("train", self.train.fields()),
             ("prune", self.prune.fields()),
@@ -535,7 +567,7 @@ fn unknown(table: &str, key: &str) -> String {
     if table.is_empty() {
         let nearest = nearest(key, known.chain(as_tables));
         return format!(
-            "unknown key `{key}` outside a table; did you mean `{nearest}`? Valid there: seed, and the tables {listed}"
+            "unknown key `{key}` outside a table; did you mean `{nearest}`? Valid there: seed, precision, and the tables {listed}"
         );
     }
     let nearest = nearest(key, known);
@@ -643,7 +675,7 @@ mod tests {
         );
         assert_eq!(
             complaint("sed = 3\n"),
-            "run.toml:1: unknown key `sed` outside a table; did you mean `seed`? Valid there: seed, and the tables \
+            "run.toml:1: unknown key `sed` outside a table; did you mean `seed`? Valid there: seed, precision, and the tables \
              [data], [train], [prune], [quantize], [distill]"
         );
         assert!(complaint("epochs = 3\n").contains("did you mean `train.epochs`?"));

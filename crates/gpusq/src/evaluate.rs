@@ -4,7 +4,7 @@ use gpusq_tensor::ops::masked::MaskGradient;
 use gpusq_tensor::{Device, Tape, Tensor};
 
 use crate::engine::Engine;
-use crate::forward::{Bound, TapSet, forward};
+use crate::forward::{Bound, Compute, TapSet, forward};
 use crate::inputs::Inputs;
 use crate::model::Model;
 use crate::task::{Dataset, HeadKind};
@@ -15,7 +15,7 @@ use crate::{Error, Result};
 type Run<'a> = Box<dyn Fn(&Inputs) -> Result<Tensor> + 'a>;
 
 /// Logits of each example of `data`, in the layout [`Dataset::score`] takes: by the engine for a packed
-/// model, by the training forward on `device` for the others. Examples are batched by length, `batch` at a time; `watch`
+/// model, by the training forward as `compute` says for the others. Examples are batched by length, `batch` at a time; `watch`
 /// is told how many are done.
 ///
 /// # Errors
@@ -25,7 +25,7 @@ pub fn predict(
     data: &Dataset,
     batch: usize,
     pad: u32,
-    device: Device,
+    compute: Compute,
     watch: &mut dyn FnMut(usize),
 ) -> Result<Vec<Vec<f32>>> {
     let run: Run = if model.stage.packed() {
@@ -33,11 +33,11 @@ pub fn predict(
         Box::new(move |inputs| engine.run(inputs))
     } else {
         let tape = Tape::inference();
-        let bound = Bound::new(&tape, &model.params.to(device), MaskGradient::Kept);
+        let bound = Bound::new(&tape, &model.params, MaskGradient::Kept, compute);
         Box::new(move |inputs| {
             let out = forward(&tape, &model.spec, &bound, model.attention, inputs, TapSet::default());
             let logits = out.logits.value().to(Device::Cpu);
-            device.check()?;
+            compute.device.check()?;
             Ok(logits)
         })
     };

@@ -4,26 +4,30 @@
 //! student, training and evaluation, every family.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use gpusq_tensor::ops::activation::activation;
 use gpusq_tensor::ops::add::add;
 use gpusq_tensor::ops::attention::attention;
+use gpusq_tensor::ops::cast::cast;
 use gpusq_tensor::ops::dropout::dropout;
 use gpusq_tensor::ops::embedding::{Lookup, embedding};
 use gpusq_tensor::ops::gated::gated_silu;
 use gpusq_tensor::ops::layer_norm::layer_norm;
-use gpusq_tensor::ops::linear::{linear, quantized_linear};
+use gpusq_tensor::ops::linear::{linear, linear_as, quantized_linear};
 use gpusq_tensor::ops::lsq::{self, Quantized};
 use gpusq_tensor::ops::masked::{MaskGradient, masked};
 use gpusq_tensor::ops::rms_norm::rms_norm;
 use gpusq_tensor::ops::rotary::{RotaryTable, rotary};
 use gpusq_tensor::ops::select::select_rows;
-use gpusq_tensor::{Grads, Tape, Tensor, Var};
+use gpusq_tensor::{DType, Device, Grads, Tape, Tensor, Var};
 
+use crate::config::Precision;
 use crate::inputs::{attention_of, position_rows};
 use crate::params::{Params, Weight};
 use crate::sparsity::Pattern;
 use crate::spec::*;
+use crate::{Error, Result};
 
 pub use crate::inputs::{Inputs, Tokens};
 
@@ -49,9 +53,48 @@ pub struct Output {
     pub taps: Taps,
 }
 
+/// Where and in what a forward computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Compute {
+    /// Where.
+    pub device: Device,
+    /// Element type of activations and of the weights they are multiplied with: f32, or bf16 on a GPU. Weights that
+    /// are trained, norms' statistics, softmax sums, losses and the optimiser's state are f32 in either case.
+    pub element: DType,
+}
+
+impl Compute {
+    /// f32 on the CPU.
+    pub const CPU: Compute = Compute { device: Device::Cpu, element: DType::F32 };
+
+    /// `precision` on `device`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for bf16 on a CPU.
+    pub fn new(device: Device, precision: Precision) -> Result<Self> {
+        let element = match (precision, device) {
+            (Precision::F32, _) | (Precision::Auto, Device::Cpu) => DType::F32,
+            (Precision::Bf16 | Precision::Auto, Device::Cuda(_)) => DType::Bf16,
+            (Precision::Bf16, Device::Cpu) => {
+                let message = "precision bf16 needs a GPU, and the device is the CPU; use f32 or auto";
+                return Err(Error::Config(message.into()));
+            }
+        };
+        Ok(Compute { device, element })
+    }
+}
+
+impl fmt::Display for Compute {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let element = if self.element == DType::Bf16 { "bf16" } else { "f32" };
+        write!(f, "{}, {element}", self.device)
+    }
+}
+
 /// Weights placed on a tape.
 pub struct Bound {
     leaves: BTreeMap<String, Leaf>,
+    element: DType,
 }
 
 struct Leaf {
@@ -69,28 +112,33 @@ enum Effective {
 }
 
 impl Bound {
-    /// Puts `params` on `tape`. A bound inference tape may serve any number of forwards.
-    pub fn new(tape: &Tape, params: &Params, gradient: MaskGradient) -> Self {
+    /// Puts `params` on `tape`, for `compute`. A bound inference tape may serve any number of forwards.
+    pub fn new(tape: &Tape, params: &Params, gradient: MaskGradient, compute: Compute) -> Self {
+        let Compute { device, element } = compute;
         let leaves = params.iter().map(|(name, w)| {
             let leaf = match w {
                 Weight::Dense(t) => {
-                    let raw = tape.leaf(t.clone());
-                    Leaf { effective: Effective::Plain(raw.clone()), raw, scale: None }
+                    let raw = tape.leaf(t.to(device));
+                    // Activations are multiplied with these; tables, norms and biases stay f32.
+                    let multiplied = name.ends_with(".weight") && t.shape().len() == 2;
+                    let effective = if multiplied { cast(tape, &raw, element) } else { raw.clone() };
+                    Leaf { effective: Effective::Plain(effective), raw, scale: None }
                 }
                 Weight::Masked { value, mask } => {
-                    let raw = tape.leaf(value.clone());
-                    Leaf { effective: Effective::Plain(masked(tape, &raw, mask, gradient)), raw, scale: None }
+                    let raw = tape.leaf(value.to(device));
+                    let effective = masked(tape, &raw, &mask.to(device), gradient, element);
+                    Leaf { effective: Effective::Plain(effective), raw, scale: None }
                 }
                 Weight::Fake { value, mask, scale } => {
-                    let (raw, scale) = (tape.leaf(value.clone()), tape.leaf(scale.clone()));
-                    let codes = lsq::quantize_weight(tape, &raw, mask, &scale);
+                    let (raw, scale) = (tape.leaf(value.to(device)), tape.leaf(scale.to(device)));
+                    let codes = lsq::quantize_weight(tape, &raw, &mask.to(device), &scale, element);
                     Leaf { effective: Effective::Quantized(codes), raw, scale: Some(scale) }
                 }
                 Weight::Packed(_) => panic!("`{name}` is packed: packed models run in the engine"),
             };
             (name.to_string(), leaf)
         });
-        Bound { leaves: leaves.collect() }
+        Bound { leaves: leaves.collect(), element }
     }
 
     /// Takes the gradients of every weight: `(name, gradient, step-size gradient)`. A weight the loss does
@@ -179,11 +227,16 @@ impl Forward<'_> {
     }
 
     fn linear(&self, name: &str, x: &Input, bias: bool) -> Var {
+        self.linear_as(name, x, bias, self.bound.element)
+    }
+
+    /// [`Forward::linear`] with an output of type `element`.
+    fn linear_as(&self, name: &str, x: &Input, bias: bool, element: DType) -> Var {
         let bias = bias.then(|| self.bound.plain(&format!("{name}.bias")));
         let leaf = self.bound.get(&format!("{name}.weight"));
         let y = match (&leaf.effective, &x.quantized) {
-            (Effective::Plain(w), _) => linear(self.tape, &x.plain, w, bias),
-            (Effective::Quantized(w), Some(x)) => quantized_linear(self.tape, x, w, bias),
+            (Effective::Plain(w), _) => linear_as(self.tape, &x.plain, w, bias, element),
+            (Effective::Quantized(w), Some(x)) => quantized_linear(self.tape, x, w, bias, element),
             (Effective::Quantized(_), None) => panic!("`{name}` is quantised but its input has no scale"),
         };
         self.tap(self.want.linears, || format!("{name}.y"), &y);
@@ -219,7 +272,7 @@ impl Forward<'_> {
         let mut x = None;
         if e.projected {
             // Positions are as wide as the hidden states, so they join after the projection.
-            let word = embedding(self.tape, &lookups);
+            let word = embedding(self.tape, &lookups, self.bound.element);
             x = Some(linear(self.tape, &word, &table("project_in.weight"), None));
             lookups.clear();
         }
@@ -232,8 +285,8 @@ impl Forward<'_> {
         }
         let mut sum = match (x, lookups.is_empty()) {
             (Some(x), true) => x,
-            (Some(x), false) => add(self.tape, &x, &embedding(self.tape, &lookups)),
-            (None, _) => embedding(self.tape, &lookups),
+            (Some(x), false) => add(self.tape, &x, &embedding(self.tape, &lookups, self.bound.element)),
+            (None, _) => embedding(self.tape, &lookups, self.bound.element),
         };
         if e.norm {
             sum = self.norm(&format!("{name}.embed.norm"), s.norm, &sum, None);
@@ -334,7 +387,9 @@ impl Forward<'_> {
         self.linear(&format!("{at}.o"), &self.input(&format!("{at}.o"), &y), s.bias)
     }
 
+    /// Logits are f32: losses and softmaxes of them would feel bf16's 8 bits.
     fn head(&self, hidden: &Var, tokens: &Tokens) -> Var {
+        let out = |x: &Var, bias| self.linear_as("head.out", &self.input("head.out", x), bias, DType::F32);
         let drop = self.spec.last_stack().dropout.head;
         match &self.spec.head {
             Head::None => hidden.clone(),
@@ -350,15 +405,16 @@ impl Forward<'_> {
                 if !self.bound.leaves.contains_key("head.out.input_scale") {
                     x = dropout(self.tape, &x, drop);
                 }
-                self.linear("head.out", &self.input("head.out", &x), true)
+                out(&x, true)
             }
-            Head::Span => self.linear("head.out", &self.input("head.out", hidden), true),
+            Head::Span => out(hidden, true),
             Head::LanguageModel { tied, bias } => {
                 if *tied {
                     let bias = bias.then(|| self.bound.plain("head.out.bias"));
-                    linear(self.tape, hidden, self.bound.plain("embed.word"), bias)
+                    let word = cast(self.tape, self.bound.plain("embed.word"), self.bound.element);
+                    linear_as(self.tape, hidden, &word, bias, DType::F32)
                 } else {
-                    self.linear("head.out", &self.input("head.out", hidden), *bias)
+                    out(hidden, *bias)
                 }
             }
         }

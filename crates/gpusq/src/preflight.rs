@@ -9,6 +9,7 @@ use serde::Serialize;
 use crate::arch;
 use crate::format::atomic::free_space;
 use crate::format::packed::beyond_f16;
+use crate::forward::Compute;
 use crate::model::{Model, compressible};
 use crate::params::Weight;
 use crate::spec::Stack;
@@ -32,7 +33,7 @@ pub struct Preflight {
     pub windows: (usize, usize),
     /// Longest example in tokens.
     pub longest: usize,
-    /// Where it will be trained: `CPU`, or a GPU with its name.
+    /// Where and in what it will be trained: `CPU, f32`, or a GPU with its name.
     pub device: String,
     /// Bytes of that device's memory that training will need, estimated.
     pub memory: u64,
@@ -43,7 +44,7 @@ pub struct Preflight {
 }
 
 /// Checks that `model` can be trained on `train` with batches of `batch`, under a teacher or not, for
-/// `stages` stages on `device` into `out`; `compresses` says that they compress.
+/// `stages` stages as `compute` says into `out`; `compresses` says that they compress.
 ///
 /// # Errors
 /// [`Error::Mismatch`] if tokenizer or examples do not fit the model, [`Error::Tensor`] if a weight
@@ -58,7 +59,7 @@ pub fn preflight(
     teacher: bool,
     stages: u64,
     compresses: bool,
-    device: Device,
+    compute: Compute,
     out: &Path,
 ) -> Result<Preflight> {
     check_fit(model, tokenizer, &[train, dev])?;
@@ -96,14 +97,15 @@ pub fn preflight(
     if !model.fresh.is_empty() {
         warnings.push(format!("new weights, to be trained: {}", model.fresh.join(", ")));
     }
-    let have = match device {
+    let have = match compute.device {
         Device::Cpu => physical_memory(),
         Device::Cuda(gpu) => Some(gpu.memory()),
     };
     if let Some(have) = have.filter(|have| *have < memory) {
         warnings.push(format!(
-            "training may need {} of memory and {device} has {}; lower batch_size or max_length",
+            "training may need {} of memory and {} has {}; lower batch_size or max_length",
             bytes(memory),
+            compute.device,
             bytes(have)
         ));
     }
@@ -123,7 +125,7 @@ pub fn preflight(
         examples: (train.count, dev.count),
         windows: (train.examples.len(), dev.examples.len()),
         longest,
-        device: device.to_string(),
+        device: compute.to_string(),
         memory,
         disk,
         warnings,

@@ -242,7 +242,7 @@ impl Reproduction<'_> {
             true,
             stages,
             true,
-            base.device,
+            base.compute,
             base.out,
         )
     }
@@ -353,7 +353,7 @@ impl Reproduction<'_> {
             seeds: self.seeds.to_vec(),
             spread: "sample standard deviation (n − 1)".into(),
             planned: self.seeds.len() * (self.experiment.variants.len() + usize::from(!self.trained)),
-            machine: report::Machine::current(rayon::current_num_threads(), &base.device.to_string()),
+            machine: report::Machine::current(rayon::current_num_threads(), &base.compute.to_string()),
             version: env!("CARGO_PKG_VERSION").into(),
             command: base.command.clone(),
             config: shared(base.config),

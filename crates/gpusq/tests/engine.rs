@@ -6,7 +6,7 @@ use gpusq::arch::{self, Config};
 use gpusq::config::Method;
 use gpusq::engine::Engine;
 use gpusq::format::packed::{round_dense, unpack_codes};
-use gpusq::forward::{Bound, Inputs, Output, TapSet, Tokens, forward};
+use gpusq::forward::{Bound, Compute, Inputs, Output, TapSet, Tokens, forward};
 use gpusq::model::{Model, Stage, compressible};
 use gpusq::params::{Params, Weight};
 use gpusq::quant::{Calibration, calibrate};
@@ -16,7 +16,7 @@ use gpusq::task::HeadKind;
 use gpusq::tensor::ops::activation::Activation;
 use gpusq::tensor::ops::lsq::code;
 use gpusq::tensor::ops::masked::MaskGradient;
-use gpusq::tensor::{Device, Tape, Tensor, normal};
+use gpusq::tensor::{Tape, Tensor, normal};
 use proptest::prelude::*;
 
 const BERT: &str = r#"{"model_type": "bert", "vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 2,
@@ -131,13 +131,13 @@ fn quantise(model: &mut Model, samples: &[Inputs], outputs: bool) {
     // Clipping must be met as well as rounding.
     let how =
         Calibration { weights: Method::Mse, activations: Method::Percentile, percentile: 99.0, outputs };
-    calibrate(model, samples, &how, Device::Cpu).unwrap();
+    calibrate(model, samples, &how, Compute::CPU).unwrap();
     round_dense(&mut model.params).unwrap();
 }
 
 fn fake(model: &Model, inputs: &Inputs, want: TapSet) -> Output {
     let tape = Tape::inference();
-    let bound = Bound::new(&tape, &model.params, MaskGradient::Kept);
+    let bound = Bound::new(&tape, &model.params, MaskGradient::Kept, Compute::CPU);
     forward(&tape, &model.spec, &bound, model.attention, inputs, want)
 }
 

@@ -7,12 +7,12 @@ use gpusq::arch::Config as ModelConfig;
 use gpusq::compress::{Run, calibration, prune_weights};
 use gpusq::config::{Config, Fit};
 use gpusq::distill::Mix;
-use gpusq::forward::Inputs;
+use gpusq::forward::{Compute, Inputs};
 use gpusq::model::{Model, Stage};
 use gpusq::params::Weight;
 use gpusq::quant::calibrate;
 use gpusq::task::{Dataset, Example, HeadKind, Scores, Split, Target, Tokenizer, task};
-use gpusq::tensor::Device;
+use gpusq::tensor::{DType, Device};
 use gpusq::train::batch::collate;
 use gpusq::train::{Event, Recipe, State, fit};
 
@@ -59,7 +59,7 @@ fn recipe<'a>(fit: &'a Fit, mix: Mix, teacher: Option<&'a Model>) -> Recipe<'a> 
         seed: 5,
         checkpoint: None,
         pad: 0,
-        device: Device::Cpu,
+        compute: Compute::CPU,
     }
 }
 
@@ -75,7 +75,7 @@ fn pruned(from: &Model, d: &Dataset, criterion: &str) -> Model {
     c.set("prune.criterion", criterion).unwrap();
     c.set("prune.attention", "2:4").unwrap();
     let mut m = from.clone();
-    prune_weights(&mut m, &c.prune, &samples(d), Device::Cpu).unwrap();
+    prune_weights(&mut m, &c.prune, &samples(d), Compute::CPU).unwrap();
     m
 }
 
@@ -114,7 +114,7 @@ fn all_stages_learn_and_keep_their_constraints() {
     }
 
     let mut quantized = sparse.clone();
-    calibrate(&mut quantized, &samples(&d), &calibration(&Config::default().quantize), Device::Cpu).unwrap();
+    calibrate(&mut quantized, &samples(&d), &calibration(&Config::default().quantize), Compute::CPU).unwrap();
     let rows = gpusq::compress::layers(&quantized);
     assert_eq!(rows.len(), before.len());
     assert!(rows.iter().all(|r| r.weight_error > 0.0 && r.weight_error < 0.02 && r.kept == 0.5), "{rows:?}");
@@ -139,7 +139,7 @@ fn wanda_sees_no_padding() {
         let mut c = Config::default();
         c.set("prune.criterion", "wanda").unwrap();
         let mut m = dense();
-        prune_weights(&mut m, &c.prune, samples, Device::Cpu).unwrap();
+        prune_weights(&mut m, &c.prune, samples, Compute::CPU).unwrap();
         // The first block's inputs are embeddings, whose bits do not depend on what else is in the batch.
         match m.params.get("encoder.0.attn.q.weight") {
             Some(Weight::Masked { mask, .. }) => mask.clone(),
@@ -171,7 +171,7 @@ fn a_resumed_run_has_the_bits_of_an_uninterrupted_one() {
     let teacher = dense();
     let mut stages = vec![(dense(), Mix::HARD, None), (pruned(&teacher, &d, "wanda"), MIX, Some(&teacher))];
     let mut quantized = pruned(&teacher, &d, "magnitude");
-    calibrate(&mut quantized, &samples(&d), &calibration(&Config::default().quantize), Device::Cpu).unwrap();
+    calibrate(&mut quantized, &samples(&d), &calibration(&Config::default().quantize), Compute::CPU).unwrap();
     stages.push((quantized, MIX, Some(&teacher)));
     for (start, mix, teacher) in stages {
         let saving = Recipe { checkpoint: Some((file.clone(), 10)), ..recipe(&f, mix, teacher) };
@@ -195,7 +195,7 @@ fn masks_move_only_where_asked() {
     let mut c = Config::default();
     c.set("prune.mask_update_every", "4").unwrap();
     let mut m = teacher.clone();
-    prune_weights(&mut m, &c.prune, &[], Device::Cpu).unwrap();
+    prune_weights(&mut m, &c.prune, &[], Compute::CPU).unwrap();
     let mask = |m: &Model| match m.params.get("encoder.0.ffn.in.weight") {
         Some(Weight::Masked { mask, .. }) => mask.clone(),
         _ => panic!("not masked"),
@@ -261,7 +261,7 @@ fn models_are_discarded_of_finished_runs_only() {
         out: out.path(),
         resume: true,
         command: String::new(),
-        device: Device::Cpu,
+        compute: Compute::CPU,
     };
     let models = ["pruned", "packed-fp16", "quantized", "packed"].map(|name| out.path().join(name));
     let other = out.path().join("mine");
@@ -289,12 +289,13 @@ fn every_device_has_the_cpus_loss_curve() {
     let teacher = dense();
     let sparse = pruned(&teacher, &d, "magnitude");
     let mut quantized = sparse.clone();
-    calibrate(&mut quantized, &samples(&d), &calibration(&Config::default().quantize), Device::Cpu).unwrap();
+    calibrate(&mut quantized, &samples(&d), &calibration(&Config::default().quantize), Compute::CPU).unwrap();
     for (start, mix, teacher) in
         [(&teacher, Mix::HARD, None), (&sparse, MIX, Some(&teacher)), (&quantized, MIX, Some(&sparse))]
     {
         let curve = |device| {
-            let how = Recipe { device, ..recipe(&f, mix, teacher) };
+            let compute = Compute { device, element: DType::F32 };
+            let how = Recipe { compute, ..recipe(&f, mix, teacher) };
             let report = fit(&mut start.clone(), &d, &how, State::default(), &mut |_| {}).unwrap();
             report.curve.iter().map(|p| p.terms.total).collect::<Vec<f32>>()
         };

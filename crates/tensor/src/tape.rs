@@ -6,8 +6,8 @@
 
 use std::cell::{Cell, RefCell};
 
-use crate::Tensor;
 use crate::ops::add;
+use crate::{Device, Tensor};
 
 type Backward = Box<dyn FnOnce(&Tensor, &mut Grads)>;
 
@@ -62,10 +62,20 @@ impl Grads {
         }
     }
 
-    /// Lets `f` add to the gradient of `var` in place; it starts at zero.
+    /// Lets `f` add to the gradient of `var` in place; it starts at zero, in the type of `var`.
     pub fn add_with(&mut self, var: &Var, f: impl FnOnce(&mut Tensor)) {
-        let Some(node) = var.node else { return };
-        f(self.slots[node].get_or_insert_with(|| Tensor::zeros_on(var.value.device(), var.shape())));
+        let zeros = || match var.value.device() {
+            Device::Cpu => Tensor::zeros(var.shape()),
+            Device::Cuda(gpu) => Tensor::zeros_of(gpu, var.value.dtype(), var.shape()),
+        };
+        if let Some(slot) = self.slot(var) {
+            f(slot.get_or_insert_with(zeros));
+        }
+    }
+
+    /// Where the gradient of `var` is summed, if it is asked for; empty until something was added.
+    pub(crate) fn slot(&mut self, var: &Var) -> Option<&mut Option<Tensor>> {
+        var.node.map(|node| &mut self.slots[node])
     }
 
     /// Takes the gradient of `var`; `None` if nothing that was differentiated depends on it.

@@ -116,12 +116,15 @@ impl Tensor {
     pub fn zeros_on(device: Device, shape: &[usize]) -> Self {
         match device {
             Device::Cpu => Self::zeros(shape),
-            Device::Cuda(_) => {
-                let t = Self::stale_on(device, shape);
-                t.memory().zero();
-                t
-            }
+            Device::Cuda(gpu) => Self::zeros_of(gpu, DType::F32, shape),
         }
+    }
+
+    /// A tensor of zeros on a GPU.
+    pub(crate) fn zeros_of(gpu: Gpu, dtype: DType, shape: &[usize]) -> Self {
+        let t = Self::stale_of(gpu, dtype, shape);
+        t.memory().zero();
+        t
     }
 
     /// An f32 tensor with every element `value`.
@@ -146,11 +149,19 @@ impl Tensor {
     pub(crate) fn stale_on(device: Device, shape: &[usize]) -> Self {
         match device {
             Device::Cpu => Self::stale(shape),
-            Device::Cuda(gpu) => {
-                let memory = gpu.allocate(shape.iter().product::<usize>() * size_of::<f32>());
-                Tensor { shape: shape.to_vec(), storage: Arc::new(Storage::Cuda(DType::F32, memory)) }
-            }
+            Device::Cuda(gpu) => Self::stale_of(gpu, DType::F32, shape),
         }
+    }
+
+    /// A tensor with unspecified content on a GPU.
+    pub(crate) fn stale_of(gpu: Gpu, dtype: DType, shape: &[usize]) -> Self {
+        let memory = gpu.allocate(shape.iter().product::<usize>() * dtype.size());
+        Tensor { shape: shape.to_vec(), storage: Arc::new(Storage::Cuda(dtype, memory)) }
+    }
+
+    /// Whether another tensor has the same storage, so that writing would copy it.
+    pub(crate) fn shared(&self) -> bool {
+        Arc::strong_count(&self.storage) > 1
     }
 
     /// The same elements on `device`; shares storage if they are there already.

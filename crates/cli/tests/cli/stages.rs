@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use gpusq::evaluate::predict;
+use gpusq::forward::Compute;
 use gpusq::model::Model;
 use gpusq::task::{Split, Tokenizer, task};
-use gpusq::tensor::Device;
 use serde_json::Value;
 
 use crate::tiny::{compressed, data, dense, model, run, start, train, tree};
@@ -53,7 +53,7 @@ fn every_stage_is_scored_and_the_packed_model_answers_as_the_quantised_one() {
     let logits = |dir: &Path| {
         let (model, tokenizer) = (Model::load(dir).unwrap(), Tokenizer::load(dir).unwrap());
         let dev = task("sst2").unwrap().load(&data(), Split::Dev, &tokenizer, 32).unwrap();
-        predict(&model, &dev, 7, tokenizer.pad_id(), Device::Cpu, &mut |_| {}).unwrap()
+        predict(&model, &dev, 7, tokenizer.pad_id(), Compute::CPU, &mut |_| {}).unwrap()
     };
     assert_eq!(logits(&folders[3]), logits(&folders[4]), "logits to the last bit");
 }

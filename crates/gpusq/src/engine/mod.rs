@@ -10,12 +10,12 @@ mod site;
 
 use std::collections::BTreeMap;
 
-use gpusq_tensor::Tensor;
 use gpusq_tensor::ops::activation::{self, Activation};
 use gpusq_tensor::ops::attention::{self, Attention};
 use gpusq_tensor::ops::embedding::{self, Rows};
 use gpusq_tensor::ops::rotary::{self, RotaryTable};
 use gpusq_tensor::ops::{add, gated, int8_linear, layer_norm, linear, rms_norm, select};
+use gpusq_tensor::{DType, Tensor};
 
 use crate::inputs::{Inputs, Tokens, attention_of, position_rows};
 use crate::model::Model;
@@ -285,12 +285,12 @@ impl Pass<'_> {
             .into_iter()
             .filter_map(|(table, ids)| table.as_ref().map(|table| Rows { table, ids, factor: 1.0 }));
         let sum = match &e.project_in {
-            None => embedding::apply(&[word].into_iter().chain(rest).collect::<Vec<_>>()),
+            None => embedding::apply(&[word].into_iter().chain(rest).collect::<Vec<_>>(), DType::F32),
             // Positions are as wide as the hidden states, so they join after the projection.
             Some(project) => {
-                let x = linear::apply(&embedding::apply(&[word]), project, None);
+                let x = linear::apply(&embedding::apply(&[word], DType::F32), project, None);
                 let rest: Vec<Rows> = rest.collect();
-                if rest.is_empty() { x } else { add::apply(&x, &embedding::apply(&rest)) }
+                if rest.is_empty() { x } else { add::apply(&x, &embedding::apply(&rest, DType::F32)) }
             }
         };
         match &e.norm {

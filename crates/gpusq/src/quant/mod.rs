@@ -12,7 +12,7 @@ use rayon::prelude::*;
 
 use crate::Result;
 use crate::config::Method;
-use crate::forward::{Bound, Inputs, TapSet, forward};
+use crate::forward::{Bound, Compute, Inputs, TapSet, forward};
 use crate::model::{Model, Stage, apply};
 use crate::params::Weight;
 use crate::spec::Role;
@@ -82,19 +82,19 @@ pub struct Calibration {
 }
 
 /// Turns a pruned model into a fake-quantised one: step sizes of weights from their values, of activations
-/// from a forward over `samples` on `device`.
+/// from a forward over `samples`.
 ///
 /// # Errors
 /// What a GPU meets; the model is unchanged then.
-pub fn calibrate(model: &mut Model, samples: &[Inputs], how: &Calibration, device: Device) -> Result<()> {
+pub fn calibrate(model: &mut Model, samples: &[Inputs], how: &Calibration, compute: Compute) -> Result<()> {
     let mut seen: BTreeMap<String, Histogram> = BTreeMap::new();
     let tape = Tape::inference();
-    let bound = Bound::new(&tape, &model.params.to(device), MaskGradient::Kept);
+    let bound = Bound::new(&tape, &model.params, MaskGradient::Kept, compute);
     let want = TapSet { linears: true, ..TapSet::default() };
     for inputs in samples {
         let out = forward(&tape, &model.spec, &bound, model.attention, inputs, want);
         for (name, v) in &out.taps {
-            let t = v.value().to(Device::Cpu);
+            let t = v.value().to(Device::Cpu).to_f32();
             let mask = inputs.tokens.mask.as_ref().filter(|m| m.len() == t.rows());
             let h = seen.entry(name.clone()).or_default();
             for (r, row) in t.f32().chunks_exact(t.width()).enumerate() {
@@ -106,7 +106,7 @@ pub fn calibrate(model: &mut Model, samples: &[Inputs], how: &Calibration, devic
         }
     }
     drop(bound);
-    device.check()?;
+    compute.device.check()?;
     for l in model.spec.linears() {
         let name = format!("{}.weight", l.name);
         let Some(Weight::Masked { .. }) = model.params.get(&name) else { continue };

@@ -12,7 +12,7 @@ use super::state::{SCALE, State};
 use crate::arch::{self, Layout};
 use crate::config::{self, Schedule};
 use crate::distill::{Mix, Terms, loss};
-use crate::forward::{Bound, forward};
+use crate::forward::{Bound, Compute, forward};
 use crate::model::Model;
 use crate::params::Weight;
 use crate::sparsity::{Pattern, mask_rows};
@@ -40,8 +40,8 @@ pub struct Recipe<'a> {
     pub checkpoint: Option<(PathBuf, usize)>,
     /// Padding id for batches.
     pub pad: u32,
-    /// Where it computes.
-    pub device: Device,
+    /// Where and in what it computes.
+    pub compute: Compute,
 }
 
 /// One point of the loss curve: means over the steps since the last point.
@@ -149,7 +149,7 @@ impl<'a> Stepper<'a> {
             .collect();
         let quiet = Tape::inference();
         let teacher =
-            how.teacher.map(|t| (t, Bound::new(&quiet, &t.params.to(how.device), MaskGradient::Kept)));
+            how.teacher.map(|t| (t, Bound::new(&quiet, &t.params, MaskGradient::Kept, how.compute)));
         let gradient = if how.mask_update_every > 0 { MaskGradient::All } else { MaskGradient::Kept };
         Ok(Stepper { how, spec, frozen, quiet, teacher, gradient })
     }
@@ -174,7 +174,7 @@ impl<'a> Stepper<'a> {
             .as_ref()
             .map(|(t, bound)| forward(&self.quiet, &t.spec, bound, t.attention, &batch.inputs, taps));
         let tape = Tape::training(how.seed ^ (step as u64 + 1).wrapping_mul(0xA076_1D64_78BD_642F));
-        let bound = Bound::new(&tape, &student.params, self.gradient);
+        let bound = Bound::new(&tape, &student.params, self.gradient, how.compute);
         let out = forward(&tape, &self.spec, &bound, student.attention, &batch.inputs, taps);
         let l = loss(&tape, &how.mix, &out, taught.as_ref(), &batch.targets, tokens);
         let mut grads = tape.backward(&l.total);
@@ -192,7 +192,7 @@ impl<'a> Stepper<'a> {
         let mut slots = self.slots(student, moments, &gradients, lr);
         let norm = adam.step(l.total.value(), &mut slots).item();
         let terms = l.terms();
-        how.device.check()?;
+        how.compute.device.check()?;
         if terms.total.is_finite() && norm.is_finite() {
             return Ok(terms);
         }
@@ -285,9 +285,9 @@ pub fn fit(
     let steps = total_steps(o, data.examples.len());
     let per_epoch = data.examples.len().div_ceil(o.batch_size);
     let stepper = Stepper::new(student, how)?;
-    student.params = student.params.to(how.device);
+    student.params = student.params.to(how.compute.device);
     for m in state.moments.values_mut() {
-        *m = m.to(how.device);
+        *m = m.to(how.compute.device);
     }
     let mut order: (usize, Vec<Vec<usize>>) = (usize::MAX, Vec::new());
     while state.progress.step < steps && !state.progress.stopped {
@@ -329,7 +329,7 @@ pub fn fit(
         }
     }
     student.params = student.params.to(Device::Cpu);
-    how.device.check()?;
+    how.compute.device.check()?;
     let p = state.progress;
     Ok(Report { steps: p.step, curve: p.curve })
 }

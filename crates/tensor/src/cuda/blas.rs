@@ -10,14 +10,16 @@ use cudarc::cublaslt::sys;
 
 use super::kernels::searched;
 use super::{CudaError, Gpu, Memory, lock};
+use crate::{DType, Tensor};
 
 /// Bytes cuBLASLt may use beside the operands; 32 MiB is what it recommends for Hopper.
 const WORKSPACE: usize = 32 << 20;
 
-/// A row-major f32 matrix inside [`Memory`].
+/// A row-major f32 or bf16 matrix inside [`Memory`].
 #[derive(Clone, Copy)]
 pub(crate) struct Operand<'a> {
     pub(crate) memory: &'a Memory,
+    pub(crate) dtype: DType,
     /// First element.
     pub(crate) offset: usize,
     /// Elements from row to row.
@@ -27,9 +29,9 @@ pub(crate) struct Operand<'a> {
 }
 
 impl<'a> Operand<'a> {
-    /// Row-major, `width` columns.
-    pub(crate) fn rows(memory: &'a Memory, width: usize) -> Self {
-        Operand { memory, offset: 0, stride: width, transposed: false }
+    /// The tensor's elements by rows of `width`.
+    pub(crate) fn rows(t: &'a Tensor, width: usize) -> Self {
+        Operand { memory: t.memory(), dtype: t.dtype(), offset: 0, stride: width, transposed: false }
     }
 
     pub(crate) fn t(self) -> Self {
@@ -42,11 +44,12 @@ impl<'a> Operand<'a> {
     }
 
     fn address(&self) -> u64 {
-        self.memory.at + (self.offset * size_of::<f32>()) as u64
+        self.memory.at + (self.offset * self.dtype.size()) as u64
     }
 }
 
-/// `c = alpha * a b + beta * c` with `a` `[m, k]`, `b` `[k, n]`, `c` `[m, n]`.
+/// `c = alpha * a b + beta * c` with `a` `[m, k]`, `b` `[k, n]` of one type, `c` `[m, n]`; sums are f32. With a `bias`
+/// `[n]` of the type of `c`, that is added to every row.
 pub(crate) struct Product<'a> {
     pub(crate) m: usize,
     pub(crate) n: usize,
@@ -56,6 +59,7 @@ pub(crate) struct Product<'a> {
     pub(crate) b: Operand<'a>,
     pub(crate) beta: f32,
     pub(crate) c: Operand<'a>,
+    pub(crate) bias: Option<&'a Tensor>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -68,6 +72,9 @@ struct Shape {
     b: (usize, bool),
     c: usize,
     accumulate: bool,
+    bias: bool,
+    /// Of the operands and of the result.
+    dtypes: (DType, DType),
 }
 
 /// Descriptors and the algorithm chosen for one shape.
@@ -115,7 +122,10 @@ impl Blas {
             b: (p.b.stride, p.b.transposed),
             c: p.c.stride,
             accumulate: p.beta != 0.0,
+            bias: p.bias.is_some(),
+            dtypes: (p.a.dtype, p.c.dtype),
         };
+        assert_eq!(p.a.dtype, p.b.dtype, "operands of a product");
         let mut plans = lock(&self.plans);
         let plan = match plans.entry(shape) {
             Entry::Occupied(known) => known.into_mut(),
@@ -126,8 +136,19 @@ impl Blas {
         if p.a.memory.at == 0 || p.b.memory.at == 0 || p.c.memory.at == 0 {
             return Ok(());
         }
-        // SAFETY: descriptors live as long as the plan; the operands are live memory of this stream.
+        let bias = p.bias.map_or(0, |b| b.memory().at);
+        // SAFETY: descriptors live as long as the plan, which the lock keeps for this call, and the bias' address is a
+        // pointer; the operands are live memory of this stream.
         unsafe {
+            if p.bias.is_some() {
+                result::set_matmul_desc_attribute(
+                    plan.description,
+                    sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER,
+                    (&raw const bias).cast(),
+                    size_of_val(&bias),
+                )
+                .map_err(|e| failed(gpu, "name a bias", e))?;
+            }
             result::matmul(
                 self.handle,
                 plan.description,
@@ -152,11 +173,16 @@ impl Blas {
 
     fn plan(&self, s: &Shape) -> Result<Plan, CublasError> {
         use sys::cudaDataType::CUDA_R_32F as F32;
+        let of = |dtype| match dtype {
+            DType::F32 => F32,
+            DType::Bf16 => sys::cudaDataType::CUDA_R_16BF,
+            other => panic!("no matrix products of {other:?}"),
+        };
         let description = result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, F32)?;
-        let layout = |rows: usize, columns: usize, (stride, transposed): (usize, bool)| {
+        let layout = |dtype, rows: usize, columns: usize, (stride, transposed): (usize, bool)| {
             // As stored: row-major [r, c] is column-major [c, r].
             let (r, c) = if transposed { (columns, rows) } else { (rows, columns) };
-            result::create_matrix_layout(F32, c as u64, r as u64, stride as i64)
+            result::create_matrix_layout(of(dtype), c as u64, r as u64, stride as i64)
         };
         let set = |attribute, transposed: bool| {
             // cublasOperation_t: 0 as stored, 1 transposed.
@@ -174,9 +200,21 @@ impl Blas {
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
         set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, s.b.1)?;
         set(Attribute::CUBLASLT_MATMUL_DESC_TRANSB, s.a.1)?;
-        let a = layout(s.k, s.n, s.b)?;
-        let b = layout(s.m, s.k, s.a)?;
-        let c = layout(s.m, s.n, (s.c, false))?;
+        if s.bias {
+            let epilogue = sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS;
+            // SAFETY: the attribute is this enum.
+            unsafe {
+                result::set_matmul_desc_attribute(
+                    description,
+                    Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE,
+                    (&raw const epilogue).cast(),
+                    size_of_val(&epilogue),
+                )?;
+            }
+        }
+        let a = layout(s.dtypes.0, s.k, s.n, s.b)?;
+        let b = layout(s.dtypes.0, s.m, s.k, s.a)?;
+        let c = layout(s.dtypes.1, s.m, s.n, (s.c, false))?;
         let preference = result::create_matmul_pref()?;
         let size = WORKSPACE;
         // SAFETY: the attribute is a size_t; the descriptors were just made.

@@ -8,16 +8,60 @@ use cudarc::driver::sys as driver;
 use cudarc::nvrtc::{result, sys as nvrtc};
 
 use super::CudaError;
+use crate::DType;
 
 /// What every kernel file starts with.
 const PRELUDE: &str = include_str!("../ops/prelude.cuh");
 
+/// What follows once the element type is known.
+const PACKS: &str = include_str!("../ops/packs.cuh");
+
 /// One operation's kernels.
+#[derive(PartialEq, Eq, Hash)]
 pub(crate) struct Source {
     /// The operation's folder.
     pub(crate) name: &'static str,
     /// `kernel.cu`.
     pub(crate) text: &'static str,
+}
+
+/// A source as it is compiled.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub(crate) struct Variant {
+    pub(crate) source: &'static Source,
+    /// What `T` is: the element type of activations.
+    element: DType,
+    /// Names that the source uses and does not define.
+    constants: Vec<(&'static str, usize)>,
+}
+
+impl Source {
+    /// The kernels for activations of type `element`, f32 or bf16.
+    pub(crate) fn of(&'static self, element: DType) -> Variant {
+        self.with(element, &[])
+    }
+
+    /// [`Source::of`] with constants.
+    pub(crate) fn with(&'static self, element: DType, constants: &[(&'static str, usize)]) -> Variant {
+        assert!(matches!(element, DType::F32 | DType::Bf16), "no kernels of {} for {element:?}", self.name);
+        Variant { source: self, element, constants: constants.to_vec() }
+    }
+}
+
+impl From<&'static Source> for Variant {
+    fn from(source: &'static Source) -> Variant {
+        source.of(DType::F32)
+    }
+}
+
+impl Variant {
+    /// What stands between prelude and source.
+    fn header(&self) -> String {
+        let element = if self.element == DType::Bf16 { "bf16" } else { "float" };
+        let constants =
+            self.constants.iter().map(|(name, value)| format!("constexpr int {name} = {value};\n"));
+        format!("typedef {element} T;\n{}{}", constants.collect::<String>(), PACKS)
+    }
 }
 
 /// The kernels of an operation: `source!("add")` in `ops/add/cuda.rs`.
@@ -71,7 +115,7 @@ pub(super) fn target(major: i32, minor: i32) -> String {
 }
 
 /// The compiled kernels of `source`, from the cache on disk if they are there.
-pub(super) fn cubin(source: &Source, target: &str) -> Result<Vec<u8>, CudaError> {
+pub(super) fn cubin(source: &Variant, target: &str) -> Result<Vec<u8>, CudaError> {
     let file = cache_file(source, target);
     if let Some(cubin) = file.as_ref().and_then(|f| fs::read(f).ok()).and_then(unsealed) {
         return Ok(cubin);
@@ -85,7 +129,7 @@ pub(super) fn cubin(source: &Source, target: &str) -> Result<Vec<u8>, CudaError>
 }
 
 /// `$GPUSQ_CACHE`, `$XDG_CACHE_HOME/gpusq` or `~/.cache/gpusq`.
-fn cache_file(source: &Source, target: &str) -> Option<PathBuf> {
+fn cache_file(variant: &Variant, target: &str) -> Option<PathBuf> {
     let folder = match (env::var_os("GPUSQ_CACHE"), env::var_os("XDG_CACHE_HOME"), env::var_os("HOME")) {
         (Some(dir), _, _) => PathBuf::from(dir),
         (_, Some(dir), _) => PathBuf::from(dir).join("gpusq"),
@@ -95,8 +139,9 @@ fn cache_file(source: &Source, target: &str) -> Option<PathBuf> {
     let (mut major, mut minor) = (0, 0);
     // SAFETY: writes two integers.
     unsafe { nvrtc::nvrtcVersion(&mut major, &mut minor) };
-    let hash = fnv(&[PRELUDE, source.text, target, &format!("nvrtc {major}.{minor}")].join("\0"));
-    Some(folder.join(format!("kernels/{}-{target}-{hash:016x}.cubin", source.name)))
+    let version = format!("nvrtc {major}.{minor}");
+    let hash = fnv(&[PRELUDE, &variant.header(), variant.source.text, target, &version].join("\0"));
+    Some(folder.join(format!("kernels/{}-{target}-{hash:016x}.cubin", variant.source.name)))
 }
 
 /// FNV-1a: the same in every build, unlike the standard library's hasher.
@@ -125,9 +170,11 @@ fn write(file: &PathBuf, cubin: &[u8]) -> std::io::Result<()> {
 }
 
 /// Compiles `source` for `target`; the error has the compiler's log.
-pub(super) fn compile(source: &Source, target: &str) -> Result<Vec<u8>, CudaError> {
+pub(super) fn compile(variant: &Variant, target: &str) -> Result<Vec<u8>, CudaError> {
+    let source = variant.source;
     let failed = |log: String| CudaError::Compile { source_name: source.name, target: target.into(), log };
-    let text = CString::new([PRELUDE, "\n#line 1 \"kernel.cu\"\n", source.text].concat())
+    let line = "\n#line 1 \"kernel.cu\"\n";
+    let text = CString::new([PRELUDE, "\n", &variant.header(), line, source.text].concat())
         .map_err(|_| failed("the source has a NUL".into()))?;
     let program = result::create_program(&text, None).map_err(|e| failed(format!("{e:?}")))?;
     let options = [format!("--gpu-architecture={target}"), "--std=c++17".into(), "-default-device".into()];
@@ -162,6 +209,8 @@ unsafe fn image(program: nvrtc::nvrtcProgram) -> Result<Vec<u8>, result::NvrtcEr
 
 #[cfg(test)]
 mod tests {
+    use rayon::prelude::*;
+
     use super::*;
 
     /// Whether NVRTC is here. `GPUSQ_NEED_NVRTC` makes its absence a failure.
@@ -182,12 +231,15 @@ mod tests {
         if !compiler() {
             return;
         }
-        for source in crate::ops::SOURCES {
+        let both = [DType::F32, DType::Bf16];
+        let plain = crate::ops::SOURCES.iter().flat_map(|s| both.map(|element| s.of(element)));
+        let variants: Vec<Variant> = plain.chain(crate::ops::attention::flash_variants()).collect();
+        variants.par_iter().for_each(|variant| {
             for target in ["sm_80", "sm_89", "sm_90a"] {
-                let cubin = compile(source, target).unwrap_or_else(|e| panic!("{e}"));
-                assert_eq!(&cubin[..4], b"\x7fELF", "{} {target}", source.name);
+                let cubin = compile(variant, target).unwrap_or_else(|e| panic!("{e}"));
+                assert_eq!(&cubin[..4], b"\x7fELF", "{} {target}", variant.source.name);
             }
-        }
+        });
     }
 
     #[test]
@@ -195,8 +247,9 @@ mod tests {
         if !compiler() {
             return;
         }
-        let bad = Source { name: "bad", text: "extern \"C\" __global__ void f() {\n  nonsense;\n}" };
-        let e = compile(&bad, "sm_80").unwrap_err().to_string();
+        static BAD: Source =
+            Source { name: "bad", text: "extern \"C\" __global__ void f() {\n  nonsense;\n}" };
+        let e = compile(&(&BAD).into(), "sm_80").unwrap_err().to_string();
         assert!(e.contains("bad") && e.contains("kernel.cu(2)") && e.contains("nonsense"), "{e}");
     }
 

@@ -17,7 +17,7 @@ use std::{fmt, ptr};
 use crate::Device;
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
-pub(crate) use kernels::{Source, source};
+pub(crate) use kernels::{Source, Variant, source};
 
 use blas::Blas;
 
@@ -87,7 +87,7 @@ struct Inner {
     target: String,
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
-    modules: Mutex<HashMap<&'static str, Module>>,
+    modules: Mutex<HashMap<Variant, Module>>,
     blas: OnceLock<Option<Blas>>,
     failure: Mutex<Option<CudaError>>,
 }
@@ -255,11 +255,17 @@ impl Gpu {
     }
 
     /// Starts kernel `name` of `source`. The caller answers for the arguments being what the kernel declares.
-    pub(crate) fn launch(self, source: &'static Source, name: &'static str, grid: Grid, arguments: &[Arg]) {
+    pub(crate) fn launch(
+        self,
+        source: impl Into<Variant>,
+        name: &'static str,
+        grid: Grid,
+        arguments: &[Arg],
+    ) {
         if grid.blocks.contains(&0) || lock(&self.0.failure).is_some() {
             return;
         }
-        let function = match self.function(source, name) {
+        let function = match self.function(source.into(), name) {
             Ok(f) => f,
             Err(e) => return self.fail(e),
         };
@@ -290,7 +296,7 @@ impl Gpu {
         });
     }
 
-    fn function(self, source: &'static Source, name: &'static str) -> Result<sys::CUfunction, CudaError> {
+    fn function(self, variant: Variant, name: &'static str) -> Result<sys::CUfunction, CudaError> {
         let mut modules = lock(&self.0.modules);
         let failed = |what: String, e: DriverError| CudaError::Driver {
             ordinal: self.0.ordinal,
@@ -298,14 +304,15 @@ impl Gpu {
             reason: reason(e),
         };
         self.0.context.bind_to_thread().map_err(|e| failed("use it".into(), e))?;
-        if !modules.contains_key(source.name) {
-            let cubin = kernels::cubin(source, &self.0.target)?;
+        let source = variant.source;
+        if !modules.contains_key(&variant) {
+            let cubin = kernels::cubin(&variant, &self.0.target)?;
             // SAFETY: `cubin` is a whole ELF image that outlives the call; the driver copies it.
             let handle = unsafe { result::module::load_data(cubin.as_ptr().cast()) }
                 .map_err(|e| failed(format!("load the kernels of {}", source.name), e))?;
-            modules.insert(source.name, Module { handle, functions: HashMap::new() });
+            modules.insert(variant.clone(), Module { handle, functions: HashMap::new() });
         }
-        let module = modules.get_mut(source.name).expect("inserted above");
+        let module = modules.get_mut(&variant).expect("inserted above");
         if let Some(f) = module.functions.get(name) {
             return Ok(*f);
         }
@@ -532,6 +539,11 @@ impl Grid {
     /// For a kernel that strides over `n` elements: enough blocks to fill any GPU.
     pub(crate) fn elements(n: usize) -> Grid {
         Grid::blocks(n.div_ceil(256).min(1 << 14))
+    }
+
+    /// For a kernel that strides over `n` elements by packs of at least four.
+    pub(crate) fn packs(n: usize) -> Grid {
+        Grid::elements(n.div_ceil(4))
     }
 
     /// `n` blocks of 256 threads.

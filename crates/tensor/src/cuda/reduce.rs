@@ -8,19 +8,33 @@ pub(crate) static SOURCE: Source = Source { name: "reduce", text: include_str!("
 /// Rows that one block sums; more are split into parts, summed in a second pass.
 const ROWS: usize = 256;
 
-/// Column sums of `x` `[.., width]`, or of the element-wise product `x * y`: `[width]`.
-pub(crate) fn column_sums(gpu: Gpu, x: &Tensor, y: Option<&Tensor>) -> Tensor {
+/// Column sums of `x` `[.., width]`, and of the element-wise product `x * y` where there is a `y`: f32 `[width]`.
+pub(crate) fn column_sums(gpu: Gpu, x: &Tensor, y: Option<&Tensor>) -> [Option<Tensor>; 2] {
     let (rows, width) = (x.rows(), x.width());
     let parts = rows.div_ceil(ROWS).clamp(1, 1 << 15);
     let per_part = rows.div_ceil(parts);
-    let out = Tensor::stale_on(Device::Cuda(gpu), &[parts, width]);
-    let grid = Grid { blocks: [width.div_ceil(32) as u32, parts as u32, 1], threads: 256, shared: 0 };
-    let other = y.map_or(Arg::Pointer(0), |y| y.memory().into());
-    let arguments =
-        [out.memory().into(), x.memory().into(), other, rows.into(), width.into(), per_part.into()];
-    gpu.launch(&SOURCE, "column_sums", grid, &arguments);
-    match parts {
-        1 => out.reshape(&[width]),
-        _ => column_sums(gpu, &out, None),
-    }
+    let stale = || Tensor::stale_on(Device::Cuda(gpu), &[parts, width]);
+    let (out, products) = (stale(), y.map(|_| stale()));
+    let (columns, kernel) = if width % 4 == 0 { (128, "column_sums_4") } else { (32, "column_sums_1") };
+    let grid = Grid { blocks: [width.div_ceil(columns) as u32, parts as u32, 1], threads: 256, shared: 0 };
+    let of = |t: Option<&Tensor>| t.map_or(Arg::Pointer(0), |t| t.memory().into());
+    gpu.launch(
+        SOURCE.of(x.dtype()),
+        kernel,
+        grid,
+        &[
+            out.memory().into(),
+            of(products.as_ref()),
+            x.memory().into(),
+            of(y),
+            rows.into(),
+            width.into(),
+            per_part.into(),
+        ],
+    );
+    let finish = |t: Tensor| match parts {
+        1 => Some(t.reshape(&[width])),
+        _ => column_sums(gpu, &t, None)[0].take(),
+    };
+    [finish(out), products.and_then(finish)]
 }

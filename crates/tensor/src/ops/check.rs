@@ -27,14 +27,54 @@ pub(crate) fn check(
     reference: impl Fn(&[Vec<f64>]) -> Vec<f64>,
 ) {
     for device in devices() {
+        compare(device, inputs, &op, &reference, (2e-6, 1e-5));
+    }
+}
+
+/// [`check`] and [`check_bf16`].
+pub(crate) fn check_both(
+    inputs: &[Tensor],
+    half: &[usize],
+    op: impl Fn(&Tape, &[Var]) -> Var,
+    reference: impl Fn(&[Vec<f64>]) -> Vec<f64>,
+) {
+    check(inputs, &op, &reference);
+    check_bf16(inputs, half, &op, &reference);
+}
+
+/// [`check`] on GPUs with those of the inputs in bf16 that `half` names; what is in bf16 comes within its rounding.
+pub(crate) fn check_bf16(
+    inputs: &[Tensor],
+    half: &[usize],
+    op: impl Fn(&Tape, &[Var]) -> Var,
+    reference: impl Fn(&[Vec<f64>]) -> Vec<f64>,
+) {
+    let mut inputs = inputs.to_vec();
+    for &k in half {
+        inputs[k] = inputs[k].to_bf16();
+    }
+    for device in devices().into_iter().filter(|d| *d != Device::Cpu) {
+        compare(device, &inputs, &op, &reference, (1e-2, 2e-2));
+    }
+}
+
+fn compare(
+    device: Device,
+    inputs: &[Tensor],
+    op: &impl Fn(&Tape, &[Var]) -> Var,
+    reference: &impl Fn(&[Vec<f64>]) -> Vec<f64>,
+    (tolerance, of_gradients): (f64, f64),
+) {
+    let host = |t: &Tensor| t.to(Device::Cpu).to_f32();
+    {
         let tape = Tape::recording();
         let vars: Vec<Var> = inputs.iter().map(|t| tape.leaf(t.to(device))).collect();
         let out = op(&tape, &vars);
         let wide: Vec<Vec<f64>> =
-            inputs.iter().map(|t| t.f32().iter().map(|&x| x as f64).collect()).collect();
+            inputs.iter().map(|t| host(t).f32().iter().map(|&x| x as f64).collect()).collect();
         let want = reference(&wide);
         assert_eq!(out.value().len(), want.len(), "output length");
-        close(&format!("output on {device:?}"), out.value().to(Device::Cpu).f32(), &want, 2e-6);
+        close(&format!("output on {device:?}"), host(out.value()).f32(), &want, tolerance);
         // An inference tape computes the same and keeps nothing.
         let quiet = Tape::inference();
         let again: Vec<Var> = inputs.iter().map(|t| quiet.leaf(t.to(device))).collect();
@@ -59,7 +99,7 @@ pub(crate) fn check(
                     (up - scalar(&x)) / (2.0 * h)
                 })
                 .collect();
-            close(&format!("gradient of input {k} on {device:?}"), got.to(Device::Cpu).f32(), &want, 1e-5);
+            close(&format!("gradient of input {k} on {device:?}"), host(&got).f32(), &want, of_gradients);
         }
         if let Device::Cuda(gpu) = device {
             gpu.check().unwrap();

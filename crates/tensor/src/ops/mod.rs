@@ -7,6 +7,7 @@
 pub mod activation;
 pub mod add;
 pub mod attention;
+pub mod cast;
 pub mod cross_entropy;
 pub mod dropout;
 pub mod embedding;
@@ -29,6 +30,7 @@ pub(crate) const SOURCES: &[&crate::cuda::Source] = &[
     &activation::SOURCE,
     &add::SOURCE,
     &attention::SOURCE,
+    &cast::SOURCE,
     &crate::cuda::reduce::SOURCE,
     &crate::optim::SOURCE,
     &cross_entropy::SOURCE,

@@ -5,6 +5,18 @@ typedef unsigned long long u64;
 
 constexpr float QMAX = 127.0f;
 
+// bfloat16: the upper half of a float, rounded to nearest even. Arithmetic happens in float.
+struct bf16 {
+    unsigned short bits;
+    bf16() = default;
+    __device__ explicit bf16(float v) { *this = v; }
+    __device__ bf16 &operator=(float v) {
+        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(v));
+        return *this;
+    }
+    __device__ operator float() const { return __uint_as_float((u32)bits << 16); }
+};
+
 // Kernels over n elements stride by the whole grid.
 #define EACH(i, n) \
     for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < (n); i += (long long)gridDim.x * blockDim.x)

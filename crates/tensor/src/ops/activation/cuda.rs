@@ -1,6 +1,6 @@
 use super::Activation;
+use crate::Tensor;
 use crate::cuda::{Gpu, Grid, Source, source};
-use crate::{Device, Tensor};
 
 pub(crate) static SOURCE: Source = source!("activation");
 
@@ -16,17 +16,17 @@ fn kernels(function: Activation) -> (&'static str, &'static str) {
 }
 
 pub(super) fn forward(gpu: Gpu, x: &Tensor, function: Activation) -> Tensor {
-    let out = Tensor::stale_on(Device::Cuda(gpu), x.shape());
+    let out = Tensor::stale_of(gpu, x.dtype(), x.shape());
     let n = x.len();
     let arguments = [out.memory().into(), x.memory().into(), n.into()];
-    gpu.launch(&SOURCE, kernels(function).0, Grid::elements(n), &arguments);
+    gpu.launch(SOURCE.of(x.dtype()), kernels(function).0, Grid::packs(n), &arguments);
     out
 }
 
 pub(super) fn backward(gpu: Gpu, grad: &Tensor, x: &Tensor, function: Activation) -> Tensor {
-    let out = Tensor::stale_on(Device::Cuda(gpu), x.shape());
+    let out = Tensor::stale_of(gpu, x.dtype(), x.shape());
     let n = x.len();
     let arguments = [out.memory().into(), grad.memory().into(), x.memory().into(), n.into()];
-    gpu.launch(&SOURCE, kernels(function).1, Grid::elements(n), &arguments);
+    gpu.launch(SOURCE.of(x.dtype()), kernels(function).1, Grid::packs(n), &arguments);
     out
 }

@@ -43,12 +43,20 @@ struct Tanh {
 };
 
 #define KERNELS(name, F)                                                                                  \
-    extern "C" __global__ void name(float *out, const float *x, long long n) {                            \
-        EACH(i, n) out[i] = F::value(x[i]);                                                               \
+    extern "C" __global__ void name(T *out, const T *x, long long n) {                                    \
+        PACKS(i, n) {                                                                                     \
+            Pack a = load(x, i, n);                                                                       \
+            for (int k = 0; k < PACK; k++) a.v[k] = F::value(a.v[k]);                                     \
+            store(out, i, n, a);                                                                          \
+        }                                                                                                 \
     }
 #define BACKWARD(name, F)                                                                                 \
-    extern "C" __global__ void name(float *dx, const float *grad, const float *x, long long n) {          \
-        EACH(i, n) dx[i] = grad[i] * F::slope(x[i]);                                                      \
+    extern "C" __global__ void name(T *dx, const T *grad, const T *x, long long n) {                      \
+        PACKS(i, n) {                                                                                     \
+            Pack a = load(x, i, n), g = load(grad, i, n);                                                 \
+            for (int k = 0; k < PACK; k++) a.v[k] = g.v[k] * F::slope(a.v[k]);                            \
+            store(dx, i, n, a);                                                                           \
+        }                                                                                                 \
     }
 
 KERNELS(gelu, Gelu)

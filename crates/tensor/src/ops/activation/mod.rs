@@ -46,7 +46,7 @@ pub fn apply(x: &Tensor, function: Activation) -> Tensor {
 
 #[cfg(test)]
 mod tests {
-    use super::super::check::{check, noise};
+    use super::super::check::{check_both, noise};
     use super::*;
 
     fn erf(x: f64) -> f64 {
@@ -70,8 +70,9 @@ mod tests {
             (Activation::Tanh, &|x| x.tanh()),
         ];
         for (function, f) in cases {
-            check(
+            check_both(
                 &[noise(&[3, 40], 1)],
+                &[0],
                 |t, v| activation(t, &v[0], function),
                 |x| x[0].iter().map(|&x| f(x)).collect(),
             );

@@ -37,12 +37,13 @@ pub(crate) fn accumulate(sum: &mut Tensor, x: &Tensor) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::check::{check, noise};
+    use super::super::check::{check_both, noise};
 
     #[test]
     fn matches_reference() {
-        check(
+        check_both(
             &[noise(&[3, 5], 1), noise(&[3, 5], 2)],
+            &[0, 1],
             |t, v| super::add(t, &v[0], &v[1]),
             |x| x[0].iter().zip(&x[1]).map(|(a, b)| a + b).collect(),
         );
@@ -50,8 +51,9 @@ mod tests {
 
     #[test]
     fn one_input_twice_gets_both_gradients() {
-        check(
+        check_both(
             &[noise(&[4], 1)],
+            &[0],
             |t, v| super::add(t, &v[0], &v[0]),
             |x| x[0].iter().map(|a| 2.0 * a).collect(),
         );

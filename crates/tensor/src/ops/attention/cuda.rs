@@ -1,4 +1,7 @@
-use super::Attention;
+//! The plain kernels, for any shape. `flash.rs` has those for tensor cores.
+
+use super::flash;
+use super::{Attention, Saved};
 use crate::cuda::{Arg, Gpu, Grid, Source, source};
 use crate::ops::dropout::Drop;
 use crate::{Device, Tensor};
@@ -36,7 +39,7 @@ fn grid(rows: usize, width: usize) -> Grid {
     Grid { threads: THREADS, shared: shared as u32, ..Grid::blocks(rows) }
 }
 
-/// The output and, if `keep`, the full softmax `[batch, heads, queries, keys]`.
+/// The output and, if `keep`, what backward needs.
 pub(super) fn forward(
     gpu: Gpu,
     q: &Tensor,
@@ -45,9 +48,14 @@ pub(super) fn forward(
     s: &Attention,
     drop: Option<Drop>,
     keep: bool,
-) -> (Tensor, Option<Tensor>) {
+) -> (Tensor, Option<Saved>) {
+    if flash::takes(q, s) {
+        let (out, log_sums) = flash::forward(gpu, q, k, v, s, drop, keep);
+        let saved = log_sums.map(|log_sums| Saved::LogSums { log_sums, out: out.clone() });
+        return (out, saved);
+    }
     let device = Device::Cuda(gpu);
-    let out = Tensor::stale_on(device, q.shape());
+    let out = Tensor::stale_of(gpu, q.dtype(), q.shape());
     let shape = [s.batch, s.heads, s.queries, s.keys];
     let softmax = Tensor::stale_on(device, &shape);
     let thinned = thinned(device, s, drop);
@@ -63,8 +71,8 @@ pub(super) fn forward(
     ];
     arguments.extend(options(s, q.width(), drop));
     let rows = s.batch * s.heads * s.queries;
-    gpu.launch(&SOURCE, "forward", grid(rows, q.width() / s.heads), &arguments);
-    (out, keep.then_some(softmax))
+    gpu.launch(SOURCE.of(q.dtype()), "forward", grid(rows, q.width() / s.heads), &arguments);
+    (out, keep.then_some(Saved::Softmax(softmax)))
 }
 
 /// Room for the probabilities after pattern and dropout, where they differ from the softmax.
@@ -73,19 +81,24 @@ fn thinned(device: Device, s: &Attention, drop: Option<Drop>) -> Option<Tensor> 
     (s.pattern.is_some() || drop.is_some()).then(|| Tensor::stale_on(device, &shape))
 }
 
-#[allow(clippy::too_many_arguments)]
 pub(super) fn backward(
     gpu: Gpu,
     grad: &Tensor,
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
-    softmax: &Tensor,
+    saved: &Saved,
     s: &Attention,
     drop: Option<Drop>,
 ) -> (Tensor, Tensor, Tensor) {
+    let softmax = match saved {
+        Saved::Softmax(softmax) => softmax,
+        Saved::LogSums { log_sums, out } => {
+            return flash::backward(gpu, grad, q, k, v, log_sums, out, s, drop);
+        }
+    };
     let device = Device::Cuda(gpu);
-    let [dq, dk, dv] = [q, k, v].map(|x| Tensor::stale_on(device, x.shape()));
+    let [dq, dk, dv] = [q, k, v].map(|x| Tensor::stale_of(gpu, x.dtype(), x.shape()));
     let dscores = Tensor::stale_on(device, softmax.shape());
     let thinned = thinned(device, s, drop);
     let weights = thinned.as_ref().unwrap_or(softmax);
@@ -100,7 +113,12 @@ pub(super) fn backward(
         v.memory().into(),
     ];
     arguments.extend(options(s, q.width(), drop));
-    gpu.launch(&SOURCE, "backward_queries", grid(s.batch * s.heads * s.queries, width), &arguments);
+    gpu.launch(
+        SOURCE.of(q.dtype()),
+        "backward_queries",
+        grid(s.batch * s.heads * s.queries, width),
+        &arguments,
+    );
     let mut arguments = vec![
         dk.memory().into(),
         dv.memory().into(),
@@ -110,6 +128,6 @@ pub(super) fn backward(
         q.memory().into(),
     ];
     arguments.extend(options(s, q.width(), drop));
-    gpu.launch(&SOURCE, "backward_keys", grid(s.batch * s.kv_heads * s.keys, 0), &arguments);
+    gpu.launch(SOURCE.of(q.dtype()), "backward_keys", grid(s.batch * s.kv_heads * s.keys, 0), &arguments);
     (dq, dk, dv)
 }

@@ -24,24 +24,24 @@ __device__ inline void thin_row(float *thinned, const float *p, long long keys, 
 }
 
 // out[c] = factor * sum over rows of weight[row] * x[row * stride + c], c < width.
-__device__ inline void combine(float *out, const float *weight, const float *x, long long rows, long long stride,
+__device__ inline void combine(T *out, const float *weight, const T *x, long long rows, long long stride,
                                long long width, float factor) {
     for (long long c = threadIdx.x; c < width; c += blockDim.x) {
         float sum = 0;
-        for (long long r = 0; r < rows; r++) sum += weight[r] * x[r * stride + c];
+        for (long long r = 0; r < rows; r++) sum += weight[r] * (float)x[r * stride + c];
         out[c] = sum * factor;
     }
 }
 
-__device__ inline float dot(const float *a, const float *b, long long n) {
+__device__ inline float dot(const float *a, const T *b, long long n) {
     float sum = 0;
-    for (long long c = 0; c < n; c++) sum += a[c] * b[c];
+    for (long long c = 0; c < n; c++) sum += a[c] * (float)b[c];
     return sum;
 }
 
 // Block (batch, head, query). `thinned` is null where neither pattern nor dropout changes the softmax.
-extern "C" __global__ void forward(float *out, float *softmax, float *thinned, const float *q, const float *k,
-                                   const float *v, const u8 *mask, OPTIONS) {
+extern "C" __global__ void forward(T *out, float *softmax, float *thinned, const T *q, const T *k,
+                                   const T *v, const u8 *mask, OPTIONS) {
     extern __shared__ float query[];
     long long i = blockIdx.x % queries, bh = blockIdx.x / queries, h = bh % heads, b = bh / heads;
     long long stride = kv_heads * width, at_k = b * keys * stride + h / (heads / kv_heads) * width;
@@ -83,8 +83,8 @@ extern "C" __global__ void forward(float *out, float *softmax, float *thinned, c
 }
 
 // Block (batch, head, query): the scores' gradient, and from it the query's.
-extern "C" __global__ void backward_queries(float *dq, float *dscores, float *thinned, const float *softmax,
-                                            const float *grad, const float *k, const float *v, OPTIONS) {
+extern "C" __global__ void backward_queries(T *dq, float *dscores, float *thinned, const float *softmax,
+                                            const T *grad, const T *k, const T *v, OPTIONS) {
     extern __shared__ float row_grad[];
     long long i = blockIdx.x % queries, bh = blockIdx.x / queries, h = bh % heads, b = bh / heads;
     long long stride = kv_heads * width, at_k = b * keys * stride + h / (heads / kv_heads) * width;
@@ -112,8 +112,8 @@ extern "C" __global__ void backward_queries(float *dq, float *dscores, float *th
 }
 
 // Block (batch, key head, key): sums over the queries of all heads that share the key head, in one order.
-extern "C" __global__ void backward_keys(float *dk, float *dv, const float *dscores, const float *weights,
-                                         const float *grad, const float *q, OPTIONS) {
+extern "C" __global__ void backward_keys(T *dk, T *dv, const float *dscores, const float *weights,
+                                         const T *grad, const T *q, OPTIONS) {
     long long j = blockIdx.x % keys, bg = blockIdx.x / keys, g = bg % kv_heads, b = bg / kv_heads;
     long long group = heads / kv_heads, out = ((b * keys + j) * kv_heads + g) * width;
     for (long long c = threadIdx.x; c < width; c += blockDim.x) {
@@ -122,8 +122,8 @@ extern "C" __global__ void backward_keys(float *dk, float *dv, const float *dsco
             for (long long i = 0; i < queries; i++) {
                 long long at = ((b * heads + h) * queries + i) * keys + j;
                 long long at_q = ((b * queries + i) * heads + h) * width + c;
-                sum_k += dscores[at] * q[at_q];
-                sum_v += weights[at] * grad[at_q];
+                sum_k += dscores[at] * (float)q[at_q];
+                sum_v += weights[at] * (float)grad[at_q];
             }
         dk[out + c] = sum_k * scale;
         dv[out + c] = sum_v;

@@ -8,9 +8,12 @@
 
 mod cpu;
 mod cuda;
+mod flash;
 
 #[cfg(test)]
 pub(crate) use cuda::SOURCE;
+#[cfg(test)]
+pub(crate) use flash::variants as flash_variants;
 
 use super::dropout::Drop;
 use crate::{Device, Tape, Tensor, Var};
@@ -40,6 +43,19 @@ pub struct Attention {
     pub dropout: f32,
 }
 
+/// What backward needs.
+enum Saved {
+    /// The full softmax, f32 `[batch, heads, queries, keys]`.
+    Softmax(Tensor),
+    /// What it can be computed again from.
+    LogSums {
+        /// Logarithm (base 2) of each softmax's sum, f32 `[batch, heads, queries]`.
+        log_sums: Tensor,
+        /// The output.
+        out: Tensor,
+    },
+}
+
 /// `q` `[batch * queries, heads * d]`, `k` and `v` `[batch * keys, kv_heads * d]`: `[batch * queries, heads * d]`.
 pub fn attention(tape: &Tape, q: &Var, k: &Var, v: &Var, spec: &Attention) -> Var {
     let drop = Drop::next(tape, spec.dropout);
@@ -47,11 +63,14 @@ pub fn attention(tape: &Tape, q: &Var, k: &Var, v: &Var, spec: &Attention) -> Va
     let (out, saved) = compute(q.value(), k.value(), v.value(), spec, drop, keep);
     let (q2, k2, v2, spec) = (q.clone(), k.clone(), v.clone(), spec.clone());
     tape.push(out, &[q, k, v], move |grad, grads| {
-        let softmax: Tensor = saved.expect("kept when tracked");
+        let saved: Saved = saved.expect("kept when tracked");
         let (q, k, v) = (q2.value(), k2.value(), v2.value());
         let (dq, dk, dv) = match grad.device() {
-            Device::Cpu => cpu::backward(grad, q, k, v, &softmax, &spec, drop),
-            Device::Cuda(gpu) => cuda::backward(gpu, grad, q, k, v, &softmax, &spec, drop),
+            Device::Cpu => match &saved {
+                Saved::Softmax(softmax) => cpu::backward(grad, q, k, v, softmax, &spec, drop),
+                Saved::LogSums { .. } => unreachable!("kept by a GPU alone"),
+            },
+            Device::Cuda(gpu) => cuda::backward(gpu, grad, q, k, v, &saved, &spec, drop),
         };
         grads.add(&q2, dq);
         grads.add(&k2, dk);
@@ -64,7 +83,7 @@ pub fn apply(q: &Tensor, k: &Tensor, v: &Tensor, spec: &Attention) -> Tensor {
     compute(q, k, v, spec, None, false).0
 }
 
-/// The output and, if `keep`, the full softmax.
+/// The output and, if `keep`, what backward needs.
 fn compute(
     q: &Tensor,
     k: &Tensor,
@@ -72,10 +91,13 @@ fn compute(
     spec: &Attention,
     drop: Option<Drop>,
     keep: bool,
-) -> (Tensor, Option<Tensor>) {
+) -> (Tensor, Option<Saved>) {
     spec.check(q, k, v);
     match q.device() {
-        Device::Cpu => cpu::forward(q, k, v, spec, drop, keep),
+        Device::Cpu => {
+            let (out, softmax) = cpu::forward(q, k, v, spec, drop, keep);
+            (out, softmax.map(Saved::Softmax))
+        }
         Device::Cuda(gpu) => cuda::forward(gpu, q, k, v, spec, drop, keep),
     }
 }
@@ -118,7 +140,7 @@ impl Attention {
 
 #[cfg(test)]
 mod tests {
-    use super::super::check::{check, close, devices, noise};
+    use super::super::check::{check, check_bf16, close, devices, noise};
     use super::super::weighted_sum::dot;
     use super::*;
 
@@ -192,7 +214,12 @@ mod tests {
         let q = noise(&[s.batch * s.queries, s.heads * d], 1);
         let k = noise(&[s.batch * s.keys, s.kv_heads * d], 2);
         let v = noise(&[s.batch * s.keys, s.kv_heads * d], 3);
-        check(&[q, k, v], |t, x| attention(t, &x[0], &x[1], &x[2], s), |x| reference(x, s));
+        check(
+            &[q.clone(), k.clone(), v.clone()],
+            |t, x| attention(t, &x[0], &x[1], &x[2], s),
+            |x| reference(x, s),
+        );
+        check_bf16(&[q, k, v], &[0, 1, 2], |t, x| attention(t, &x[0], &x[1], &x[2], s), |x| reference(x, s));
     }
 
     #[test]
@@ -306,6 +333,52 @@ mod tests {
             for (i, (got, want)) in run(device).iter().zip(&want).enumerate() {
                 let want: Vec<f64> = want.iter().map(|&x| x as f64).collect();
                 close(&format!("{device:?} {i}"), got, &want, 1e-5);
+            }
+        }
+    }
+
+    /// Tensor cores in bf16 against the CPU in f32 from the same numbers: every width and pattern, shapes that no
+    /// tile divides, more than one tile each way.
+    #[test]
+    fn tensor_cores_agree_with_the_cpu() {
+        let mut cases = Vec::new();
+        for width in [32, 64, 128] {
+            for pattern in [None, Some((2, 4)), Some((1, 8)), Some((3, 16)), Some((2, 32))] {
+                let mut s = spec(2, 133, 133, 2);
+                (s.scale, s.pattern) = (1.0 / (width as f32).sqrt(), pattern);
+                s.key_mask = Some((0..266).map(|i| i % 133 < 70 + i / 4).collect());
+                cases.push((s.clone(), width));
+                (s.causal, s.dropout) = (true, 0.1);
+                cases.push((s.clone(), width));
+                (s.queries, s.kv_heads, s.key_mask) = (65, 1, None);
+                cases.push((s, width));
+            }
+        }
+        for (s, width) in cases {
+            let inputs = [(s.queries, s.heads, 1), (s.keys, s.kv_heads, 2), (s.keys, s.kv_heads, 3)]
+                .map(|(n, heads, seed)| noise(&[s.batch * n, heads * width], seed).to_bf16());
+            let shape = inputs[0].shape().to_vec();
+            let weights = noise(&shape, 4).to_bf16().to_f32();
+            let run = |device: Device| -> Vec<Vec<f32>> {
+                let tape = Tape::training(5);
+                let on = |t: &Tensor| if device == Device::Cpu { t.to_f32() } else { t.to(device) };
+                let x: Vec<Var> = inputs.iter().map(|t| tape.leaf(on(t))).collect();
+                let out = attention(&tape, &x[0], &x[1], &x[2], &s);
+                let loss = dot(&tape, &out, &weights);
+                let mut grads = tape.backward(&loss);
+                let all = [out.value().clone()].into_iter().chain(x.iter().map(|v| grads.take(v).unwrap()));
+                all.map(|t| t.to(Device::Cpu).to_f32().f32().to_vec()).collect()
+            };
+            let want = run(Device::Cpu);
+            for device in devices().into_iter().filter(|d| *d != Device::Cpu) {
+                for (what, (got, want)) in ["out", "dq", "dk", "dv"].iter().zip(run(device).iter().zip(&want))
+                {
+                    let square = |x: &mut dyn Iterator<Item = f32>| x.map(|x| (x * x) as f64).sum::<f64>();
+                    let error = square(&mut got.iter().zip(want).map(|(g, w)| g - w));
+                    let relative = (error / square(&mut want.iter().copied())).sqrt();
+                    assert!(relative < 1e-2, "{what} on {device:?}: {relative:.4} off, width {width}, {s:?}");
+                }
+                device.check().unwrap();
             }
         }
     }

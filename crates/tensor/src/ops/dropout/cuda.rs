@@ -1,14 +1,14 @@
 use super::Drop;
+use crate::Tensor;
 use crate::cuda::{Gpu, Grid, Source, source};
-use crate::{Device, Tensor};
 
 pub(crate) static SOURCE: Source = source!("dropout");
 
 pub(super) fn apply(gpu: Gpu, x: &Tensor, drop: Drop) -> Tensor {
-    let out = Tensor::stale_on(Device::Cuda(gpu), x.shape());
+    let out = Tensor::stale_of(gpu, x.dtype(), x.shape());
     let n = x.len();
     gpu.launch(
-        &SOURCE,
+        SOURCE.of(x.dtype()),
         "dropout",
         Grid::elements(n),
         &[

@@ -1,30 +1,34 @@
 use super::Rows;
-use crate::cuda::{Gpu, Grid, Source, source};
-use crate::{Device, Tensor};
+use crate::cuda::{Arg, Gpu, Grid, Source, source};
+use crate::{DType, Tensor};
 
 pub(crate) static SOURCE: Source = source!("embedding");
 
-pub(super) fn forward(gpu: Gpu, lookups: &[Rows], tokens: usize, width: usize) -> Tensor {
-    let out = Tensor::stale_on(Device::Cuda(gpu), &[tokens, width]);
-    for (n, l) in lookups.iter().enumerate() {
+/// Lookups that the kernel takes.
+const MOST: usize = 4;
+
+pub(super) fn forward(gpu: Gpu, lookups: &[Rows], tokens: usize, width: usize, element: DType) -> Tensor {
+    assert!(lookups.len() <= MOST, "{} lookups", lookups.len());
+    let out = Tensor::stale_of(gpu, element, &[tokens, width]);
+    let mut uploaded = Vec::new();
+    let mut arguments: Vec<Arg> = vec![out.memory().into()];
+    for l in lookups {
         // The kernel does not look; a slice on the CPU would.
         let entries = l.table.rows();
         assert!(l.ids.iter().all(|&id| (id as usize) < entries), "id outside 0..{entries}");
         let ids = gpu.upload(l.ids);
-        gpu.launch(
-            &SOURCE,
-            "gather",
-            Grid::blocks(tokens),
-            &[
-                out.memory().into(),
-                l.table.memory().into(),
-                (&ids).into(),
-                l.factor.into(),
-                i32::from(n == 0).into(),
-                width.into(),
-            ],
-        );
+        arguments.extend([Arg::from(l.table.memory()), (&ids).into(), l.factor.into()]);
+        uploaded.push(ids);
     }
+    for _ in lookups.len()..MOST {
+        arguments.extend([Arg::Pointer(0), Arg::Pointer(0), 0.0f32.into()]);
+    }
+    arguments.push(width.into());
+    let kernel = match lookups[0].table.dtype() {
+        DType::F32 => "gather",
+        _ => "gather_activations",
+    };
+    gpu.launch(SOURCE.of(element), kernel, Grid::blocks(tokens), &arguments);
     out
 }
 
@@ -36,9 +40,10 @@ pub(super) fn scatter(gpu: Gpu, grad: &Tensor, ids: &[u32], factor: f32, sum: &m
     let grid =
         Grid { blocks: [distinct.len() as u32, width.div_ceil(32) as u32, 1], threads: 256, shared: 0 };
     let (distinct, starts, order) = (gpu.upload(&distinct), gpu.upload(&starts), gpu.upload(&order));
+    let kernel = if sum.dtype() == DType::F32 { "scatter" } else { "scatter_activations" };
     gpu.launch(
-        &SOURCE,
-        "scatter",
+        SOURCE.of(grad.dtype()),
+        kernel,
         grid,
         &[
             sum.memory_mut().into(),

@@ -6,7 +6,7 @@ mod cuda;
 #[cfg(test)]
 pub(crate) use cuda::SOURCE;
 
-use crate::{Device, Tape, Tensor, Var};
+use crate::{DType, Device, Tape, Tensor, Var};
 
 /// One table and the row each token takes from it.
 #[derive(Clone)]
@@ -31,22 +31,26 @@ pub struct Rows<'a> {
 }
 
 /// [`embedding`] without a tape.
-pub fn apply(lookups: &[Rows]) -> Tensor {
+pub fn apply(lookups: &[Rows], element: DType) -> Tensor {
     let (tokens, width) = (lookups[0].ids.len(), lookups[0].table.width());
     for l in lookups {
         assert_eq!((l.ids.len(), l.table.width()), (tokens, width), "embedding lookups differ");
     }
     match lookups[0].table.device() {
-        Device::Cpu => cpu::forward(lookups, tokens, width),
-        Device::Cuda(gpu) => cuda::forward(gpu, lookups, tokens, width),
+        Device::Cpu => {
+            assert_eq!(element, DType::F32, "a CPU computes in f32");
+            cpu::forward(lookups, tokens, width)
+        }
+        Device::Cuda(gpu) => cuda::forward(gpu, lookups, tokens, width, element),
     }
 }
 
-/// `out[t] = sum over lookups of factor * table[ids[t]]`: `[tokens, width]`.
-pub fn embedding(tape: &Tape, lookups: &[Lookup]) -> Var {
+/// `out[t] = sum over lookups of factor * table[ids[t]]`: `[tokens, width]` of type `element`, f32 or, on a GPU,
+/// bf16. The tables and their gradients are f32.
+pub fn embedding(tape: &Tape, lookups: &[Lookup], element: DType) -> Var {
     let rows: Vec<Rows> =
         lookups.iter().map(|l| Rows { table: l.table.value(), ids: &l.ids, factor: l.factor }).collect();
-    let out = apply(&rows);
+    let out = apply(&rows, element);
     let inputs: Vec<&Var> = lookups.iter().map(|l| &l.table).collect();
     let kept = lookups.to_vec();
     tape.push(out, &inputs, move |grad, grads| {
@@ -68,29 +72,26 @@ pub(crate) fn scatter(grad: &Tensor, ids: &[u32], factor: f32, sum: &mut Tensor)
 
 #[cfg(test)]
 mod tests {
-    use super::super::check::{check, noise};
+    use super::super::check::{check, check_bf16, noise};
     use super::*;
 
     #[test]
     fn matches_reference() {
         let (a, b) = (vec![1u32, 0, 1, 3], vec![0u32, 0, 1, 2]);
-        check(
-            &[noise(&[4, 5], 1), noise(&[3, 5], 2)],
-            |t, v| {
-                embedding(
-                    t,
-                    &[
-                        Lookup { table: v[0].clone(), ids: a.clone(), factor: 2.0 },
-                        Lookup { table: v[1].clone(), ids: b.clone(), factor: 1.0 },
-                    ],
-                )
-            },
-            |x| {
-                (0..20)
-                    .map(|i| 2.0 * x[0][a[i / 5] as usize * 5 + i % 5] + x[1][b[i / 5] as usize * 5 + i % 5])
-                    .collect()
-            },
-        );
+        let inputs = [noise(&[4, 5], 1), noise(&[3, 5], 2)];
+        let of = |t: &Tape, v: &[Var], element| {
+            let lookups = [
+                Lookup { table: v[0].clone(), ids: a.clone(), factor: 2.0 },
+                Lookup { table: v[1].clone(), ids: b.clone(), factor: 1.0 },
+            ];
+            embedding(t, &lookups, element)
+        };
+        let reference = |x: &[Vec<f64>]| -> Vec<f64> {
+            let row = |x: &[f64], id: u32, i: usize| x[id as usize * 5 + i % 5];
+            (0..20).map(|i| 2.0 * row(&x[0], a[i / 5], i) + row(&x[1], b[i / 5], i)).collect()
+        };
+        check(&inputs, |t, v| of(t, v, DType::F32), reference);
+        check_bf16(&inputs, &[], |t, v| of(t, v, DType::Bf16), reference);
     }
 
     #[test]
@@ -98,7 +99,7 @@ mod tests {
         let ids: Vec<u32> = (0..45).map(|t| if t % 9 == 4 { 2 } else { 0 }).collect();
         check(
             &[noise(&[3, 40], 1)],
-            |t, v| embedding(t, &[Lookup { table: v[0].clone(), ids: ids.clone(), factor: 0.5 }]),
+            |t, v| embedding(t, &[Lookup { table: v[0].clone(), ids: ids.clone(), factor: 0.5 }], DType::F32),
             |x| ids.iter().flat_map(|&id| x[0][id as usize * 40..][..40].iter().map(|e| 0.5 * e)).collect(),
         );
     }

@@ -33,12 +33,13 @@ pub fn apply(gate: &Tensor, up: &Tensor) -> Tensor {
 
 #[cfg(test)]
 mod tests {
-    use super::super::check::{check, noise};
+    use super::super::check::{check_both, noise};
 
     #[test]
     fn matches_reference() {
-        check(
+        check_both(
             &[noise(&[3, 5], 1), noise(&[3, 5], 2)],
+            &[0, 1],
             |t, v| super::gated_silu(t, &v[0], &v[1]),
             |x| x[0].iter().zip(&x[1]).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect(),
         );

@@ -18,14 +18,14 @@ pub(super) fn forward(
     keep: bool,
 ) -> (Tensor, Option<Saved>) {
     let (rows, width, device) = (x.rows(), x.width(), Device::Cuda(gpu));
-    let y = Tensor::stale_on(device, x.shape());
+    let y = Tensor::stale_of(gpu, x.dtype(), x.shape());
     let saved = keep.then(|| Saved {
-        normal: Tensor::stale_on(device, x.shape()),
+        normal: Tensor::stale_of(gpu, x.dtype(), x.shape()),
         rstd: Tensor::stale_on(device, &[rows]),
     });
     let absent = Arg::Pointer(0);
     gpu.launch(
-        &SOURCE,
+        SOURCE.of(x.dtype()),
         "forward",
         Grid::blocks(rows.div_ceil(ROWS)),
         &[
@@ -46,9 +46,9 @@ pub(super) fn forward(
 
 pub(super) fn backward(gpu: Gpu, grad: &Tensor, saved: &Saved, gain: &Tensor) -> (Tensor, Tensor, Tensor) {
     let (rows, width) = (grad.rows(), grad.width());
-    let dx = Tensor::stale_on(Device::Cuda(gpu), grad.shape());
+    let dx = Tensor::stale_of(gpu, grad.dtype(), grad.shape());
     gpu.launch(
-        &SOURCE,
+        SOURCE.of(grad.dtype()),
         "backward",
         Grid::blocks(rows.div_ceil(ROWS)),
         &[
@@ -61,5 +61,6 @@ pub(super) fn backward(gpu: Gpu, grad: &Tensor, saved: &Saved, gain: &Tensor) ->
             width.into(),
         ],
     );
-    (dx, column_sums(gpu, grad, Some(&saved.normal)), column_sums(gpu, grad, None))
+    let [dbias, dgain] = column_sums(gpu, grad, Some(&saved.normal));
+    (dx, dgain.expect("asked for"), dbias.expect("always there"))
 }

@@ -61,7 +61,7 @@ fn compute(
 
 #[cfg(test)]
 mod tests {
-    use super::super::check::{check, noise};
+    use super::super::check::{check, check_bf16, noise};
     use super::*;
 
     fn reference(x: &[Vec<f64>], eps: f64) -> Vec<f64> {
@@ -83,11 +83,17 @@ mod tests {
 
     #[test]
     fn matches_reference() {
-        for width in [3, 8, 37] {
+        for width in [3, 8, 37, 264] {
             let inputs =
                 [noise(&[4, width], 1), noise(&[width], 2), noise(&[width], 3), noise(&[4, width], 4)];
             check(
                 &inputs,
+                |t, v| layer_norm(t, &v[0], Some(&v[3]), &v[1], &v[2], 1e-5),
+                |x| reference(x, 1e-5f32 as f64),
+            );
+            check_bf16(
+                &inputs,
+                &[0, 3],
                 |t, v| layer_norm(t, &v[0], Some(&v[3]), &v[1], &v[2], 1e-5),
                 |x| reference(x, 1e-5f32 as f64),
             );

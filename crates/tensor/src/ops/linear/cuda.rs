@@ -1,31 +1,38 @@
 use super::cpu::{EXACT, output_shape};
 use crate::cuda::{Arg, Gpu, Grid, Operand, Product, Source, source};
+use crate::ops::cast;
 use crate::ops::lsq::QMAX;
-use crate::{Device, Tensor};
+use crate::{DType, Device, Tensor};
 
 pub(crate) static SOURCE: Source = source!("linear");
 
-pub(super) fn forward(gpu: Gpu, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Tensor {
+/// `x` and `w` of one type, the output of type `element`.
+pub(super) fn forward(gpu: Gpu, x: &Tensor, w: &Tensor, bias: Option<&Tensor>, element: DType) -> Tensor {
     let (out, width) = (w.shape()[0], w.shape()[1]);
-    let y = Tensor::stale_on(Device::Cuda(gpu), &output_shape(x, out));
-    if let Some(b) = bias {
+    let y = Tensor::stale_of(gpu, element, &output_shape(x, out));
+    // cuBLASLt adds a bias of the output's type to rows of aligned length; others are written first and added to.
+    let fused = bias.filter(|_| out % 8 == 0).map(|b| cast::apply(b, element));
+    let before = bias.filter(|_| fused.is_none());
+    if let Some(b) = before {
         let n = y.len();
         let arguments = [y.memory().into(), b.memory().into(), n.into(), out.into()];
-        gpu.launch(&SOURCE, "fill_rows", Grid::elements(n), &arguments);
+        gpu.launch(SOURCE.of(element), "fill_rows", Grid::elements(n), &arguments);
     }
     gpu.gemm(&Product {
         m: x.rows(),
         n: out,
         k: width,
         alpha: 1.0,
-        a: Operand::rows(x.memory(), width),
-        b: Operand::rows(w.memory(), width).t(),
-        beta: if bias.is_some() { 1.0 } else { 0.0 },
-        c: Operand::rows(y.memory(), out),
+        a: Operand::rows(x, width),
+        b: Operand::rows(w, width).t(),
+        beta: if before.is_some() { 1.0 } else { 0.0 },
+        c: Operand::rows(&y, out),
+        bias: fused.as_ref(),
     });
     y
 }
 
+/// The output is of type `element`.
 pub(super) fn forward_codes(
     gpu: Gpu,
     x: &Tensor,
@@ -33,45 +40,45 @@ pub(super) fn forward_codes(
     sx: &Tensor,
     sw: &Tensor,
     bias: Option<&Tensor>,
+    element: DType,
 ) -> Tensor {
     let (out, width, tokens, device) = (w.shape()[0], w.shape()[1], x.rows(), Device::Cuda(gpu));
     // So many products of two codes never sum to an integer that f32 rounds.
-    let step = (EXACT / QMAX / QMAX) as usize;
-    let parts: Vec<Tensor> = (0..width)
-        .step_by(step)
-        .map(|from| {
-            let sum = Tensor::stale_on(device, &[tokens, out]);
-            gpu.gemm(&Product {
-                m: tokens,
-                n: out,
-                k: step.min(width - from),
-                alpha: 1.0,
-                a: Operand::rows(x.memory(), width).from(from),
-                b: Operand::rows(w.memory(), width).from(from).t(),
-                beta: 0.0,
-                c: Operand::rows(sum.memory(), out),
-            });
-            sum
-        })
-        .collect();
-    let y = Tensor::stale_on(device, &output_shape(x, out));
+    let step = (EXACT / QMAX / QMAX) as usize / 16 * 16;
+    let starts: Vec<usize> = (0..width).step_by(step).collect();
+    // Between parts, the integers so far.
+    let sum = (starts.len() > 1).then(|| Tensor::stale_on(device, &[tokens, out]));
+    let part = Tensor::stale_on(device, &[tokens, out]);
+    let y = Tensor::stale_of(gpu, element, &output_shape(x, out));
     let n = y.len();
-    // The first part starts the integer sum, the last one ends it with scale and bias.
-    for (i, part) in parts.iter().enumerate() {
-        let last = i + 1 == parts.len();
+    for &from in &starts {
+        gpu.gemm(&Product {
+            m: tokens,
+            n: out,
+            k: step.min(width - from),
+            alpha: 1.0,
+            a: Operand::rows(x, width).from(from),
+            b: Operand::rows(w, width).from(from).t(),
+            beta: 0.0,
+            c: Operand::rows(&part, out),
+            bias: None,
+        });
+        // The first part starts the integer sum, the last one ends it with scale and bias.
+        let (first, last) = (from == 0, from + step >= width);
         gpu.launch(
-            &SOURCE,
+            SOURCE.of(element),
             "add_part",
             Grid::elements(n),
             &[
                 y.memory().into(),
+                sum.as_ref().map_or(Arg::Pointer(0), |s| s.memory().into()),
                 part.memory().into(),
                 sx.memory().into(),
                 sw.memory().into(),
                 bias.map_or(Arg::Pointer(0), |b| b.memory().into()),
                 n.into(),
                 out.into(),
-                i32::from(i == 0).into(),
+                i32::from(first).into(),
                 i32::from(last).into(),
             ],
         );
@@ -79,37 +86,40 @@ pub(super) fn forward_codes(
     y
 }
 
-pub(super) fn scale_columns(gpu: Gpu, grad: &Tensor, scale: &Tensor) -> Tensor {
-    let out = Tensor::stale_on(Device::Cuda(gpu), grad.shape());
-    let n = grad.len();
+/// `w` with each row times its scale.
+pub(super) fn dequantised(gpu: Gpu, w: &Tensor, scale: &Tensor) -> Tensor {
+    let out = Tensor::stale_of(gpu, w.dtype(), w.shape());
+    let n = w.len();
     let arguments =
-        [out.memory().into(), grad.memory().into(), scale.memory().into(), n.into(), grad.width().into()];
-    gpu.launch(&SOURCE, "scale_columns", Grid::elements(n), &arguments);
+        [out.memory().into(), w.memory().into(), scale.memory().into(), n.into(), w.width().into()];
+    gpu.launch(SOURCE.of(w.dtype()), "scale_rows", Grid::elements(n), &arguments);
     out
 }
 
 pub(super) fn input_gradient(gpu: Gpu, grad: &Tensor, w: &Tensor, shape: &[usize]) -> Tensor {
     let (out, width) = (w.shape()[0], w.shape()[1]);
-    let dx = Tensor::stale_on(Device::Cuda(gpu), shape);
+    let dx = Tensor::stale_of(gpu, w.dtype(), shape);
     gpu.gemm(&Product {
         m: grad.rows(),
         n: width,
         k: out,
         alpha: 1.0,
-        a: Operand::rows(grad.memory(), out),
-        b: Operand::rows(w.memory(), width),
+        a: Operand::rows(grad, out),
+        b: Operand::rows(w, width),
         beta: 0.0,
-        c: Operand::rows(dx.memory(), width),
+        c: Operand::rows(&dx, width),
+        bias: None,
     });
     dx
 }
 
+/// In f32, whatever the operands are.
 pub(super) fn weight_gradient(
     gpu: Gpu,
     grad: &Tensor,
     x: &Tensor,
     factor: Option<&Tensor>,
-    sum: &mut Tensor,
+    sum: &mut Option<Tensor>,
 ) {
     let (out, width) = (grad.width(), x.width());
     let multiply = |beta: f32, into: &Tensor| {
@@ -118,20 +128,28 @@ pub(super) fn weight_gradient(
             n: width,
             k: grad.rows(),
             alpha: 1.0,
-            a: Operand::rows(grad.memory(), out).t(),
-            b: Operand::rows(x.memory(), width),
+            a: Operand::rows(grad, out).t(),
+            b: Operand::rows(x, width),
             beta,
-            c: Operand::rows(into.memory(), width),
+            c: Operand::rows(into, width),
+            bias: None,
         });
     };
-    let Some(factor) = factor else {
-        sum.memory_mut();
-        return multiply(1.0, sum);
-    };
-    // The factor is known on the GPU alone, so the product is scaled after it.
     let product = Tensor::stale_on(Device::Cuda(gpu), &[out, width]);
-    multiply(0.0, &product);
-    let n = product.len();
-    let arguments = [sum.memory_mut().into(), product.memory().into(), factor.memory().into(), n.into()];
-    gpu.launch(&SOURCE, "add_scaled", Grid::elements(n), &arguments);
+    match (factor, &mut *sum) {
+        (None, None) => multiply(0.0, &product),
+        (None, Some(sum)) => {
+            sum.memory_mut();
+            return multiply(1.0, sum);
+        }
+        // The factor is known on the GPU alone, so the product is scaled after it.
+        (Some(factor), before) => {
+            multiply(0.0, &product);
+            let n = product.len();
+            let before = before.as_ref().map_or(Arg::Pointer(0), |s| s.memory().into());
+            let arguments = [product.memory().into(), before, factor.memory().into(), n.into()];
+            gpu.launch(&SOURCE, "scale_and_add", Grid::elements(n), &arguments);
+        }
+    }
+    *sum = Some(product);
 }

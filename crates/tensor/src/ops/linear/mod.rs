@@ -3,26 +3,33 @@
 mod cpu;
 mod cuda;
 
+use super::cast;
 use super::lsq::Quantized;
 use crate::cuda::reduce::column_sums;
-use crate::{Device, Tape, Tensor, Var};
+use crate::{DType, Device, Tape, Tensor, Var};
 
 #[cfg(test)]
 pub(crate) use cuda::SOURCE;
 
-/// `x` `[.., in]` times `weight` `[out, in]` transposed, plus `bias` `[out]`: `[.., out]`.
+/// `x` `[.., in]` times `weight` `[out, in]` transposed, plus `bias` `[out]`: `[.., out]`. On a GPU, `x` and `weight`
+/// may be bf16; the gradients of weight and bias are f32.
 pub fn linear(tape: &Tape, x: &Var, weight: &Var, bias: Option<&Var>) -> Var {
+    linear_as(tape, x, weight, bias, x.value().dtype())
+}
+
+/// [`linear`] with an output of type `element`: f32, or the operands' type.
+pub fn linear_as(tape: &Tape, x: &Var, weight: &Var, bias: Option<&Var>, element: DType) -> Var {
     let out = weight.shape()[0];
-    let y = apply(x.value(), weight.value(), bias.map(Var::value));
+    let y = compute(x.value(), weight.value(), bias.map(Var::value), element);
     let inputs: Vec<&Var> = [x, weight].into_iter().chain(bias).collect();
     let (x2, w2, b2) = (x.clone(), weight.clone(), bias.cloned());
     tape.push(y, &inputs, move |grad, grads| {
-        let grad = grad.reshape(&[grad.len() / out, out]);
+        let grad = cast::apply(&grad.reshape(&[grad.len() / out, out]), x2.value().dtype());
         if grads.wants(&x2) {
             grads.add(&x2, input_gradient(&grad, w2.value(), x2.shape()));
         }
-        if grads.wants(&w2) {
-            grads.add_with(&w2, |sum| weight_gradient(&grad, x2.value(), None, sum));
+        if let Some(sum) = grads.slot(&w2) {
+            weight_gradient(&grad, x2.value(), None, sum);
         }
         if let Some(b) = b2.filter(|b| grads.wants(b)) {
             grads.add(&b, bias_gradient(&grad));
@@ -32,10 +39,14 @@ pub fn linear(tape: &Tape, x: &Var, weight: &Var, bias: Option<&Var>) -> Var {
 
 /// [`linear`] without a tape.
 pub fn apply(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
+    compute(x, weight, bias, x.dtype())
+}
+
+fn compute(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, element: DType) -> Tensor {
     assert_eq!(x.width(), weight.shape()[1], "linear: input {:?}, weight {:?}", x.shape(), weight.shape());
     match x.device() {
         Device::Cpu => cpu::forward(x, weight, bias),
-        Device::Cuda(gpu) => cuda::forward(gpu, x, weight, bias),
+        Device::Cuda(gpu) => cuda::forward(gpu, x, weight, bias, element),
     }
 }
 
@@ -45,7 +56,14 @@ pub fn apply(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
 /// The sum is exact, as INT8 hardware computes it in 32-bit accumulators, and the scaling is two
 /// separately rounded f32 operations; [`super::int8_linear`] computes the same bits from the same codes.
 /// The gradients of `x` and `weight` are those of the dequantised operands (code times scale).
-pub fn quantized_linear(tape: &Tape, x: &Quantized, weight: &Quantized, bias: Option<&Var>) -> Var {
+/// The output is of type `element`, f32 or that of the codes.
+pub fn quantized_linear(
+    tape: &Tape,
+    x: &Quantized,
+    weight: &Quantized,
+    bias: Option<&Var>,
+    element: DType,
+) -> Var {
     let (cx, cw) = (&x.codes, &weight.codes);
     let out = cw.shape()[0];
     assert_eq!(cx.value().width(), cw.shape()[1], "quantized_linear: {:?}, {:?}", cx.shape(), cw.shape());
@@ -53,21 +71,24 @@ pub fn quantized_linear(tape: &Tape, x: &Quantized, weight: &Quantized, bias: Op
     let b = bias.map(Var::value);
     let y = match cx.value().device() {
         Device::Cpu => cpu::forward_codes(cx.value(), cw.value(), sx.item(), &sw, b),
-        Device::Cuda(gpu) => cuda::forward_codes(gpu, cx.value(), cw.value(), &sx, &sw, b),
+        Device::Cuda(gpu) => cuda::forward_codes(gpu, cx.value(), cw.value(), &sx, &sw, b, element),
     };
     let inputs: Vec<&Var> = [cx, cw].into_iter().chain(bias).collect();
     let (cx2, cw2, b2) = (cx.clone(), cw.clone(), bias.cloned());
     tape.push(y, &inputs, move |grad, grads| {
-        let grad = grad.reshape(&[grad.len() / out, out]);
+        let grad = cast::apply(&grad.reshape(&[grad.len() / out, out]), cx2.value().dtype());
         if grads.wants(&cx2) {
-            let scaled = match grad.device() {
-                Device::Cpu => cpu::scale_columns(&grad, &sw),
-                Device::Cuda(gpu) => cuda::scale_columns(gpu, &grad, &sw),
+            let dx = match grad.device() {
+                Device::Cpu => input_gradient(&cpu::scale_columns(&grad, &sw), cw2.value(), cx2.shape()),
+                // Of weights and activations, weights are fewer.
+                Device::Cuda(gpu) => {
+                    input_gradient(&grad, &cuda::dequantised(gpu, cw2.value(), &sw), cx2.shape())
+                }
             };
-            grads.add(&cx2, input_gradient(&scaled, cw2.value(), cx2.shape()));
+            grads.add(&cx2, dx);
         }
-        if grads.wants(&cw2) {
-            grads.add_with(&cw2, |sum| weight_gradient(&grad, cx2.value(), Some(&sx), sum));
+        if let Some(sum) = grads.slot(&cw2) {
+            weight_gradient(&grad, cx2.value(), Some(&sx), sum);
         }
         if let Some(b) = b2.filter(|b| grads.wants(b)) {
             grads.add(&b, bias_gradient(&grad));
@@ -83,10 +104,13 @@ fn input_gradient(grad: &Tensor, w: &Tensor, shape: &[usize]) -> Tensor {
     }
 }
 
-/// `sum += factor * grad^T x`; a `factor` `[1]` that is not given is 1.
-fn weight_gradient(grad: &Tensor, x: &Tensor, factor: Option<&Tensor>, sum: &mut Tensor) {
+/// `sum += factor * grad^T x`; a `factor` `[1]` that is not given is 1, and a sum that is not there 0.
+fn weight_gradient(grad: &Tensor, x: &Tensor, factor: Option<&Tensor>, sum: &mut Option<Tensor>) {
     match grad.device() {
-        Device::Cpu => cpu::weight_gradient(grad, x, factor.map_or(1.0, Tensor::item), sum),
+        Device::Cpu => {
+            let sum = sum.get_or_insert_with(|| Tensor::zeros(&[grad.width(), x.width()]));
+            cpu::weight_gradient(grad, x, factor.map_or(1.0, Tensor::item), sum)
+        }
         Device::Cuda(gpu) => cuda::weight_gradient(gpu, grad, x, factor, sum),
     }
 }
@@ -94,13 +118,13 @@ fn weight_gradient(grad: &Tensor, x: &Tensor, factor: Option<&Tensor>, sum: &mut
 fn bias_gradient(grad: &Tensor) -> Tensor {
     match grad.device() {
         Device::Cpu => cpu::bias_gradient(grad),
-        Device::Cuda(gpu) => column_sums(gpu, grad, None),
+        Device::Cuda(gpu) => column_sums(gpu, grad, None)[0].take().expect("always there"),
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::check::{check, close, devices, noise};
+    use super::super::check::{check, check_bf16, close, devices, noise};
     use super::super::int8_linear::{self, Int8Weight};
     use super::super::lsq;
     use super::*;
@@ -125,6 +149,17 @@ mod tests {
             check(&inputs, |t, v| linear(t, &v[0], &v[1], Some(&v[2])), |x| reference(x, width));
             check(&inputs[..2], |t, v| linear(t, &v[0], &v[1], None), |x| reference(x, width));
         }
+        for (tokens, width, out) in [(7, 5, 3), (3, 16, 33), (40, 24, 16), (9, 64, 2)] {
+            let inputs = [noise(&[tokens, width], 1), noise(&[out, width], 2), noise(&[out], 3)];
+            let wide = |t: &Tape, v: &[Var]| linear_as(t, &v[0], &v[1], Some(&v[2]), DType::F32);
+            check_bf16(
+                &inputs,
+                &[0, 1],
+                |t, v| linear(t, &v[0], &v[1], Some(&v[2])),
+                |x| reference(x, width),
+            );
+            check_bf16(&inputs, &[0, 1], wide, |x| reference(x, width));
+        }
     }
 
     /// Codes at the extreme of the range over more columns than f32 adds exactly.
@@ -146,6 +181,7 @@ mod tests {
                 &Quantized { codes: tape.constant(x.to(device)), scale: one(1) },
                 &Quantized { codes: tape.constant(w.to(device)), scale: one(2) },
                 None,
+                DType::F32,
             );
             assert_eq!(y.value().to(Device::Cpu).f32(), [exact as i32 as f32; 2]);
         }
@@ -161,8 +197,8 @@ mod tests {
             let (xv, wv) = (tape.leaf(x.to(device)), tape.leaf(w.to(device)));
             let (sxv, swv) = (tape.leaf(sx.to(device)), tape.leaf(sw.to(device)));
             let qx = lsq::quantize_activation(&tape, &xv, &sxv);
-            let qw = lsq::quantize_weight(&tape, &wv, &mask, &swv);
-            let y = quantized_linear(&tape, &qx, &qw, None);
+            let qw = lsq::quantize_weight(&tape, &wv, &mask, &swv, DType::F32);
+            let y = quantized_linear(&tape, &qx, &qw, None, DType::F32);
             let dequantised = |c: &Tensor, s: &dyn Fn(usize) -> f32| -> Vec<f64> {
                 c.to(Device::Cpu).f32().iter().enumerate().map(|(i, &c)| (c * s(i)) as f64).collect()
             };
@@ -208,9 +244,10 @@ mod tests {
         let bias = noise(&[out], seed);
         let weight = Int8Weight::new(&cw, out, width);
         let scale: Vec<f32> = sw.iter().map(|s| sx * s).collect();
-        for device in devices() {
+        for (device, bf16) in devices().into_iter().flat_map(|d| [(d, false), (d, d != Device::Cpu)]) {
             let tape = Tape::inference();
             let on = |t: Tensor| t.to(device);
+            let wide = |c: &[i8], rows| if bf16 { wide(c, rows).to_bf16() } else { wide(c, rows) };
             let x = Quantized { codes: tape.constant(on(wide(&cx, tokens))), scale: on(Tensor::scalar(sx)) };
             let w = Quantized {
                 codes: tape.constant(on(wide(&cw, out))),
@@ -218,8 +255,13 @@ mod tests {
             };
             for bias in [None, Some(&bias)] {
                 let b = bias.map(|b| tape.constant(on(b.clone())));
-                let trained = quantized_linear(&tape, &x, &w, b.as_ref()).value().to(Device::Cpu);
-                let ran = int8_linear::apply(&cx, tokens, &weight, &scale, bias.map(Tensor::f32));
+                let element = if bf16 { DType::Bf16 } else { DType::F32 };
+                let trained =
+                    quantized_linear(&tape, &x, &w, b.as_ref(), element).value().to(Device::Cpu).to_f32();
+                let mut ran = int8_linear::apply(&cx, tokens, &weight, &scale, bias.map(Tensor::f32));
+                if bf16 {
+                    ran = ran.to_bf16().to_f32();
+                }
                 for (i, (t, r)) in trained.f32().iter().zip(ran.f32()).enumerate() {
                     assert_eq!(
                         t.to_bits(),

@@ -1,6 +1,6 @@
 use super::QMAX;
 use crate::cuda::{Gpu, Grid, Source, source};
-use crate::{Device, Tensor};
+use crate::{DType, Device, Tensor};
 
 pub(crate) static SOURCE: Source = source!("lsq");
 
@@ -13,20 +13,20 @@ pub(super) fn dequantised(gpu: Gpu, x: &Tensor, scale: &Tensor) -> Tensor {
 }
 
 fn map(gpu: Gpu, kernel: &'static str, x: &Tensor, scale: &Tensor) -> Tensor {
-    let out = Tensor::stale_on(Device::Cuda(gpu), x.shape());
+    let out = Tensor::stale_of(gpu, x.dtype(), x.shape());
     let n = x.len();
     let arguments = [out.memory().into(), x.memory().into(), scale.memory().into(), n.into()];
-    gpu.launch(&SOURCE, kernel, Grid::elements(n), &arguments);
+    gpu.launch(SOURCE.of(x.dtype()), kernel, Grid::packs(n), &arguments);
     out
 }
 
 pub(super) fn backward(gpu: Gpu, grad: &Tensor, x: &Tensor, scale: &Tensor) -> (Tensor, Tensor) {
     let (n, device) = (x.len(), Device::Cuda(gpu));
-    let (dx, ds) = (Tensor::stale_on(device, x.shape()), Tensor::stale_on(device, &[1]));
+    let (dx, ds) = (Tensor::stale_of(gpu, x.dtype(), x.shape()), Tensor::stale_on(device, &[1]));
     let blocks = n.div_ceil(256 * 8).clamp(1, 1024);
     let parts = Tensor::stale_on(device, &[blocks]);
     gpu.launch(
-        &SOURCE,
+        SOURCE.of(x.dtype()),
         "backward",
         Grid::blocks(blocks),
         &[
@@ -47,10 +47,10 @@ pub(super) fn backward(gpu: Gpu, grad: &Tensor, x: &Tensor, scale: &Tensor) -> (
     (dx, ds)
 }
 
-pub(super) fn weight_codes(gpu: Gpu, w: &Tensor, mask: &Tensor, scale: &Tensor) -> Tensor {
-    let out = Tensor::stale_on(Device::Cuda(gpu), w.shape());
+pub(super) fn weight_codes(gpu: Gpu, w: &Tensor, mask: &Tensor, scale: &Tensor, element: DType) -> Tensor {
+    let out = Tensor::stale_of(gpu, element, w.shape());
     gpu.launch(
-        &SOURCE,
+        SOURCE.of(element),
         "weight_codes",
         Grid::blocks(w.rows()),
         &[

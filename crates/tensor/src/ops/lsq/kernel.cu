@@ -1,11 +1,19 @@
-extern "C" __global__ void codes(float *out, const float *x, const float *scale, long long n) {
+extern "C" __global__ void codes(T *out, const T *x, const float *scale, long long n) {
     float s = *scale;
-    EACH(i, n) out[i] = lsq_code(x[i], s);
+    PACKS(i, n) {
+        Pack a = load(x, i, n);
+        for (int k = 0; k < PACK; k++) a.v[k] = lsq_code(a.v[k], s);
+        store(out, i, n, a);
+    }
 }
 
-extern "C" __global__ void dequantised(float *out, const float *x, const float *scale, long long n) {
+extern "C" __global__ void dequantised(T *out, const T *x, const float *scale, long long n) {
     float s = *scale;
-    EACH(i, n) out[i] = lsq_code(x[i], s) * s;
+    PACKS(i, n) {
+        Pack a = load(x, i, n);
+        for (int k = 0; k < PACK; k++) a.v[k] = lsq_code(a.v[k], s) * s;
+        store(out, i, n, a);
+    }
 }
 
 // One element's share of the gradients; returns that of the step size.
@@ -16,10 +24,17 @@ __device__ inline float element(float g, float x, float s, float *dx) {
     return g * (inside ? c - v : c);
 }
 
-extern "C" __global__ void backward(float *dx, float *parts, const float *grad, const float *x, const float *scale,
-                                    long long n) {
+extern "C" __global__ void backward(T *dx, float *parts, const T *grad, const T *x, const float *scale, long long n) {
     float s = *scale, sum = 0;
-    EACH(i, n) sum += element(grad[i], x[i], s, dx + i);
+    PACKS(i, n) {
+        Pack g = load(grad, i, n), a = load(x, i, n);
+        for (int k = 0; k < PACK; k++) {
+            float d;
+            sum += element(g.v[k], a.v[k], s, &d);
+            a.v[k] = d;
+        }
+        store(dx, i, n, a);
+    }
     sum = block_sum(sum);
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
@@ -31,9 +46,8 @@ extern "C" __global__ void scale_gradient(float *ds, const float *parts, long lo
     if (threadIdx.x == 0) *ds = sum / divisor;
 }
 
-// A block for each row.
-extern "C" __global__ void weight_codes(float *out, const float *w, const u8 *mask, const float *scale,
-                                        long long width) {
+// A block for each row. Weights and their gradients are f32, the codes of either type.
+extern "C" __global__ void weight_codes(T *out, const float *w, const u8 *mask, const float *scale, long long width) {
     long long at = blockIdx.x * width;
     float s = scale[blockIdx.x];
     for (long long i = threadIdx.x; i < width; i += blockDim.x)

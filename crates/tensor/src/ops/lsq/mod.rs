@@ -13,7 +13,7 @@ pub use cpu::code;
 #[cfg(test)]
 pub(crate) use cuda::SOURCE;
 
-use crate::{Device, Tape, Tensor, Var};
+use crate::{DType, Device, Tape, Tensor, Var};
 
 /// Largest code. The grid is symmetric, so -128 is no code.
 pub const QMAX: f32 = 127.0;
@@ -21,7 +21,7 @@ pub const QMAX: f32 = 127.0;
 /// Codes with the step size that makes values of them.
 #[derive(Clone)]
 pub struct Quantized {
-    /// Integers -127..=127 held as f32. **Its gradient is that of the dequantised value** `code * scale`.
+    /// Integers -127..=127 held as f32 or bf16. **Its gradient is that of the dequantised value** `code * scale`.
     pub codes: Var,
     /// f32 `[1]` (one step for the tensor) or `[rows]` (one for each row).
     pub scale: Tensor,
@@ -63,12 +63,16 @@ pub fn dequantised(x: &Tensor, scale: &Tensor) -> Tensor {
 }
 
 /// Quantises `weight * mask` (`[rows, cols]`, mask u8) with one positive step size per row, `scale` `[rows]`.
-pub fn quantize_weight(tape: &Tape, weight: &Var, mask: &Tensor, scale: &Var) -> Quantized {
+/// The codes are of type `element`: f32 or, on a GPU, bf16, which holds them exactly; gradients are f32.
+pub fn quantize_weight(tape: &Tape, weight: &Var, mask: &Tensor, scale: &Var, element: DType) -> Quantized {
     assert_eq!(weight.shape(), mask.shape(), "quantize_weight: mask");
     assert_eq!(scale.value().len(), weight.shape()[0], "quantize_weight: one scale per row");
     let codes = match weight.value().device() {
-        Device::Cpu => cpu::weight_codes(weight.value(), mask, scale.value()),
-        Device::Cuda(gpu) => cuda::weight_codes(gpu, weight.value(), mask, scale.value()),
+        Device::Cpu => {
+            assert_eq!(element, DType::F32, "a CPU computes in f32");
+            cpu::weight_codes(weight.value(), mask, scale.value())
+        }
+        Device::Cuda(gpu) => cuda::weight_codes(gpu, weight.value(), mask, scale.value(), element),
     };
     let (w2, s2, mask) = (weight.clone(), scale.clone(), mask.clone());
     let codes = tape.push(codes, &[weight, scale], move |grad, grads| {
@@ -97,10 +101,14 @@ mod tests {
             assert!(code(*x, 1.0).to_bits() != (-0.0f32).to_bits(), "no negative zero from {x}");
         }
         let t = Tensor::from_f32(x.to_vec(), &[11]);
-        for device in devices() {
+        // Every one of these but 1e9 is a bf16 too.
+        for (device, t) in devices().into_iter().flat_map(|d| [(d, t.clone()), (d, t.to_bf16())]) {
+            if device == Device::Cpu && t.dtype() == DType::Bf16 {
+                continue;
+            }
             let tape = Tape::inference();
             let (x, s) = (tape.constant(t.to(device)), tape.constant(Tensor::scalar(1.0).to(device)));
-            let codes = quantize_activation(&tape, &x, &s).codes.value().to(Device::Cpu);
+            let codes = quantize_activation(&tape, &x, &s).codes.value().to(Device::Cpu).to_f32();
             assert_eq!(codes.f32().iter().map(|c| c.to_bits()).collect::<Vec<_>>(), want.map(f32::to_bits));
         }
     }
@@ -172,7 +180,7 @@ mod tests {
             let tape = Tape::recording();
             let (wv, sv) =
                 (tape.leaf(w.to(device)), tape.leaf(Tensor::from_f32(scale.to_vec(), &[2]).to(device)));
-            let q = quantize_weight(&tape, &wv, &mask.to(device), &sv);
+            let q = quantize_weight(&tape, &wv, &mask.to(device), &sv, DType::F32);
             let loss = dot(&tape, &q.codes, &weights);
             let mut grads = tape.backward(&loss);
             let (mut dw, mut ds) = (vec![0.0f64; 8], vec![0.0f64; 2]);

@@ -4,18 +4,22 @@ use crate::{Device, Tensor};
 
 pub(crate) static SOURCE: Source = source!("mse");
 
+/// Rows of a block: a warp each.
+const ROWS: usize = 8;
+
 pub(super) fn forward(gpu: Gpu, x: &Tensor, target: &Tensor, counts: Option<&[bool]>, n: f32) -> Tensor {
     let sums = Tensor::stale_on(Device::Cuda(gpu), &[target.rows()]);
     let flags = gpu.upload_flags(counts);
     gpu.launch(
-        &SOURCE,
+        SOURCE.of(x.dtype()),
         "row_sums",
-        Grid::blocks(target.rows()),
+        Grid::blocks(target.rows().div_ceil(ROWS)),
         &[
             sums.memory().into(),
             x.memory().into(),
             target.memory().into(),
             flags.as_ref().map_or(Arg::Pointer(0), Arg::from),
+            target.rows().into(),
             target.width().into(),
         ],
     );
@@ -30,12 +34,12 @@ pub(super) fn backward(
     counts: Option<&[bool]>,
     n: f32,
 ) -> Tensor {
-    let dx = Tensor::stale_on(Device::Cuda(gpu), x.shape());
+    let dx = Tensor::stale_of(gpu, x.dtype(), x.shape());
     let flags = gpu.upload_flags(counts);
     gpu.launch(
-        &SOURCE,
+        SOURCE.of(x.dtype()),
         "backward",
-        Grid::blocks(target.rows()),
+        Grid::blocks(target.rows().div_ceil(ROWS)),
         &[
             dx.memory().into(),
             grad.memory().into(),
@@ -43,6 +47,7 @@ pub(super) fn backward(
             target.memory().into(),
             flags.as_ref().map_or(Arg::Pointer(0), Arg::from),
             n.into(),
+            target.rows().into(),
             target.width().into(),
         ],
     );

@@ -10,9 +10,9 @@ const ROWS: usize = 8;
 /// The output and 1 / root mean square of each row, `[rows]`.
 pub(super) fn forward(gpu: Gpu, x: &Tensor, gain: &Tensor, eps: f32) -> (Tensor, Tensor) {
     let (rows, device) = (x.rows(), Device::Cuda(gpu));
-    let (y, rstd) = (Tensor::stale_on(device, x.shape()), Tensor::stale_on(device, &[rows]));
+    let (y, rstd) = (Tensor::stale_of(gpu, x.dtype(), x.shape()), Tensor::stale_on(device, &[rows]));
     gpu.launch(
-        &SOURCE,
+        SOURCE.of(x.dtype()),
         "forward",
         Grid::blocks(rows.div_ceil(ROWS)),
         &[
@@ -35,10 +35,10 @@ pub(super) fn backward(
     rstd: &Tensor,
     gain: &Tensor,
 ) -> (Tensor, Tensor) {
-    let (rows, device) = (x.rows(), Device::Cuda(gpu));
-    let (dx, normal) = (Tensor::stale_on(device, x.shape()), Tensor::stale_on(device, x.shape()));
+    let rows = x.rows();
+    let [dx, normal] = [(); 2].map(|()| Tensor::stale_of(gpu, x.dtype(), x.shape()));
     gpu.launch(
-        &SOURCE,
+        SOURCE.of(x.dtype()),
         "backward",
         Grid::blocks(rows.div_ceil(ROWS)),
         &[
@@ -52,5 +52,6 @@ pub(super) fn backward(
             x.width().into(),
         ],
     );
-    (dx, column_sums(gpu, grad, Some(&normal)))
+    let [_, dgain] = column_sums(gpu, grad, Some(&normal));
+    (dx, dgain.expect("asked for"))
 }

@@ -1,20 +1,20 @@
 // A warp for each row, eight rows a block.
 #define ROW long long row = (long long)blockIdx.x * 8 + threadIdx.x / 32; int lane = threadIdx.x % 32
 
-extern "C" __global__ void forward(float *y, float *rstd, const float *x, const float *gain, long long rows,
+extern "C" __global__ void forward(T *y, float *rstd, const T *x, const float *gain, long long rows,
                                    long long width, float eps) {
     ROW;
     if (row >= rows) return;
     x += row * width;
     float squares = 0;
-    for (long long i = lane; i < width; i += 32) squares += x[i] * x[i];
+    for (long long i = lane; i < width; i += 32) squares += (float)x[i] * (float)x[i];
     float r = 1.0f / sqrtf(warp_sum(squares) / width + eps);
     for (long long i = lane; i < width; i += 32) y[row * width + i] = x[i] * r * gain[i];
     if (lane == 0) rstd[row] = r;
 }
 
 // `normal` receives x / rms, from which the gain's gradient is summed.
-extern "C" __global__ void backward(float *dx, float *normal, const float *grad, const float *x, const float *rstd,
+extern "C" __global__ void backward(T *dx, T *normal, const T *grad, const T *x, const float *rstd,
                                     const float *gain, long long rows, long long width) {
     ROW;
     if (row >= rows) return;

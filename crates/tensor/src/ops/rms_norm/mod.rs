@@ -37,13 +37,14 @@ fn compute(x: &Tensor, gain: &Tensor, eps: f32) -> (Tensor, Tensor) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::check::{check, noise};
+    use super::super::check::{check_both, noise};
 
     #[test]
     fn matches_reference() {
         for width in [3, 20] {
-            check(
+            check_both(
                 &[noise(&[4, width], 1), noise(&[width], 2)],
+                &[0],
                 |t, v| super::rms_norm(t, &v[0], &v[1], 1e-6),
                 |x| {
                     x[0].chunks(width)

@@ -8,12 +8,12 @@ pub(super) fn rotate(gpu: Gpu, x: &Tensor, positions: &[u32], table: &RotaryTabl
     let rows = table.cos.rows();
     assert!(positions.iter().all(|&p| (p as usize) < rows), "rotary: a position is beyond the table");
     let device = Device::Cuda(gpu);
-    let out = Tensor::stale_on(device, x.shape());
+    let out = Tensor::stale_of(gpu, x.dtype(), x.shape());
     let (cos, sin, positions) = (table.cos.to(device), table.sin.to(device), gpu.upload(positions));
     // One thread for each pair that turns together.
     let n = x.len() / 2;
     gpu.launch(
-        &SOURCE,
+        SOURCE.of(x.dtype()),
         "rotate",
         Grid::elements(n),
         &[

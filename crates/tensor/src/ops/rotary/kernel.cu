@@ -1,5 +1,5 @@
 // `pairs` pairs in each token; a head has `half` of them, its first half of elements paired with its second.
-extern "C" __global__ void rotate(float *out, const float *x, const u32 *positions, const float *cos,
+extern "C" __global__ void rotate(T *out, const T *x, const u32 *positions, const float *cos,
                                   const float *sin, long long n, long long pairs, long long half, float sign) {
     EACH(i, n) {
         long long token = i / pairs, c = i % half;

@@ -56,7 +56,7 @@ fn turn(x: &Tensor, positions: &[u32], table: &RotaryTable, sign: f32) -> Tensor
 
 #[cfg(test)]
 mod tests {
-    use super::super::check::{check, noise};
+    use super::super::check::{check_both, noise};
     use super::*;
 
     #[test]
@@ -64,8 +64,9 @@ mod tests {
         let frequency = [1.0, 0.1, 0.01];
         let table = RotaryTable::new(10, &frequency);
         let positions = [3u32, 0, 9, 1];
-        check(
+        check_both(
             &[noise(&[4, 12], 1)],
+            &[0],
             |t, v| rotary(t, &v[0], &positions, &table),
             |x| {
                 let mut y = x[0].clone();

@@ -1,18 +1,18 @@
+use crate::Tensor;
 use crate::cuda::{Gpu, Grid, Source, source};
-use crate::{Device, Tensor};
 
 pub(crate) static SOURCE: Source = source!("select");
 
 pub(super) fn column(gpu: Gpu, x: &Tensor, column: usize, lead: &[usize]) -> Tensor {
-    let out = Tensor::stale_on(Device::Cuda(gpu), lead);
+    let out = Tensor::stale_of(gpu, x.dtype(), lead);
     let n = out.len();
     let arguments = [out.memory().into(), x.memory().into(), column.into(), x.width().into(), n.into()];
-    gpu.launch(&SOURCE, "column", Grid::elements(n), &arguments);
+    gpu.launch(SOURCE.of(x.dtype()), "column", Grid::elements(n), &arguments);
     out
 }
 
 pub(super) fn add_column(gpu: Gpu, grad: &Tensor, column: usize, sum: &mut Tensor) {
     let (n, width) = (grad.len(), sum.width());
     let arguments = [sum.memory_mut().into(), grad.memory().into(), column.into(), width.into(), n.into()];
-    gpu.launch(&SOURCE, "add_column", Grid::elements(n), &arguments);
+    gpu.launch(SOURCE.of(grad.dtype()), "add_column", Grid::elements(n), &arguments);
 }

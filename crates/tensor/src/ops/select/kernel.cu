@@ -1,9 +1,9 @@
-extern "C" __global__ void column(float *out, const float *x, long long column, long long width, long long n) {
+extern "C" __global__ void column(T *out, const T *x, long long column, long long width, long long n) {
     EACH(i, n) out[i] = x[i * width + column];
 }
 
 extern "C" __global__ void add_column(
-    float *sum, const float *grad, long long column, long long width, long long n
+    T *sum, const T *grad, long long column, long long width, long long n
 ) {
-    EACH(i, n) sum[i * width + column] += grad[i];
+    EACH(i, n) sum[i * width + column] = sum[i * width + column] + grad[i];
 }

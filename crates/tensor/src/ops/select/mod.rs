@@ -20,7 +20,7 @@ pub fn select_rows(tape: &Tape, x: &Var, rows: &[u32]) -> Var {
 
 /// [`select_rows`] without a tape: a lookup with `x` as the table.
 pub fn apply(x: &Tensor, rows: &[u32]) -> Tensor {
-    embedding::apply(&[Rows { table: x, ids: rows, factor: 1.0 }])
+    embedding::apply(&[Rows { table: x, ids: rows, factor: 1.0 }], x.dtype())
 }
 
 /// Column `column` of `x` `[batch, length, width]`: `[batch, length]`.
@@ -42,14 +42,15 @@ pub fn select_column(tape: &Tape, x: &Var, column: usize) -> Var {
 
 #[cfg(test)]
 mod tests {
-    use super::super::check::{check, noise};
+    use super::super::check::{check_both, noise};
     use super::*;
 
     #[test]
     fn rows_match_reference() {
         let rows = [2u32, 0, 2];
-        check(
+        check_both(
             &[noise(&[4, 3], 1)],
+            &[0],
             |t, v| select_rows(t, &v[0], &rows),
             |x| rows.iter().flat_map(|&r| x[0][r as usize * 3..][..3].to_vec()).collect(),
         );
@@ -57,8 +58,9 @@ mod tests {
 
     #[test]
     fn columns_match_reference() {
-        check(
+        check_both(
             &[noise(&[2, 3, 2], 1)],
+            &[0],
             |t, v| select_column(t, &v[0], 1),
             |x| x[0].iter().skip(1).step_by(2).copied().collect(),
         );

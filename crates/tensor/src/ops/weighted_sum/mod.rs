@@ -31,12 +31,13 @@ pub fn weighted_sum(tape: &Tape, terms: &[(f32, Var)]) -> Var {
 #[cfg(test)]
 pub(crate) fn dot(tape: &Tape, x: &Var, weights: &Tensor) -> Var {
     let device = x.value().device();
-    let value = x.value().to(Device::Cpu).f32().iter().zip(weights.f32()).map(|(a, b)| a * b).sum();
+    let value = x.value().to(Device::Cpu).to_f32().f32().iter().zip(weights.f32()).map(|(a, b)| a * b).sum();
     let (x2, weights) = (x.clone(), weights.clone());
     tape.push(Tensor::scalar(value).to(device), &[x], move |grad, grads| {
         let grad = grad.item();
-        let g = weights.f32().iter().map(|w| w * grad).collect();
-        grads.add(&x2, Tensor::from_f32(g, x2.shape()).to(device));
+        let g = Tensor::from_f32(weights.f32().iter().map(|w| w * grad).collect(), x2.shape());
+        let g = if x2.value().dtype() == crate::DType::Bf16 { g.to_bf16() } else { g };
+        grads.add(&x2, g.to(device));
     })
 }
 

@@ -1,0 +1,468 @@
+// Attention on tensor cores without score matrices in memory (Dao 2023, arXiv 2307.08691), with the keep:of pattern
+// chosen inside. T is bf16; D is a head's width (32, 64, 128); OF the pattern's group (4, 8, 16), 0 for none.
+//
+// A block has four warps and owns 64 rows of queries (or keys), 16 a warp; the other side passes through shared
+// memory in tiles. Scores are kept in the exponent of 2: score * scale * log2(e).
+
+#define OPTIONS                                                                                                \
+    int queries, int keys, int heads, int kv_heads, float scale, int causal, int keep, u64 drop_key,           \
+        u32 drop_below, float drop_factor
+
+constexpr int TILE = 64;
+// Elements from row to row of a tile: eight more than D, so that the eight rows of an ldmatrix hit all banks once.
+constexpr int ROW = D + 8;
+constexpr float LOG2E = 1.44269504f;
+constexpr int STEPS = D / 16;
+
+__device__ inline float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ inline float minus_infinity() { return __int_as_float(0xFF800000); }
+
+__device__ inline u32 pack2(float low, float high) {
+    u32 r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+
+__device__ inline u32 shared_address(const void *p) {
+    return (u32)__cvta_generic_to_shared(p);
+}
+
+// d += a b: 16 x 16 by 16 x 8.
+__device__ inline void mma(float *d, const u32 *a, u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ inline void ldmatrix(u32 *r, const T *p) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(p)));
+}
+
+__device__ inline void ldmatrix_transposed(u32 *r, const T *p) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(p)));
+}
+
+// Left operand: 16 rows from `row`, 16 columns from `column` of a tile.
+__device__ inline void left(u32 *a, const T *tile, int row, int column) {
+    int lane = threadIdx.x % 32;
+    ldmatrix(a, tile + (row + lane % 16) * ROW + column + lane / 16 * 8);
+}
+
+// Right operand from a tile whose rows are the product's columns: columns n .. n + 16 in two halves (r[0], r[1]) and
+// (r[2], r[3]), depth k .. k + 16.
+__device__ inline void right(u32 *r, const T *tile, int n, int k) {
+    int lane = threadIdx.x % 32;
+    ldmatrix(r, tile + (n + lane / 16 * 8 + lane % 8) * ROW + k + lane / 8 % 2 * 8);
+}
+
+// The same from a tile whose rows are the product's depth.
+__device__ inline void right_by_depth(u32 *r, const T *tile, int n, int k) {
+    int lane = threadIdx.x % 32;
+    ldmatrix_transposed(r, tile + (k + lane % 16) * ROW + n + lane / 16 * 8);
+}
+
+// Starts copying rows `first` .. `first` + TILE of a matrix into a tile; rows from `limit` on become 0.
+__device__ inline void fetch(T *tile, const T *matrix, long long stride, int first, int limit) {
+    for (int c = threadIdx.x; c < TILE * (D / 8); c += 128) {
+        int r = c / (D / 8), k = c % (D / 8) * 8;
+        bool in = first + r < limit;
+        const T *from = matrix + (in ? first + r : 0) * stride + k;
+        int bytes = in ? 16 : 0;
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(tile + r * ROW + k)),
+                     "l"(from), "r"(bytes));
+    }
+}
+
+__device__ inline void commit() { asm volatile("cp.async.commit_group;"); }
+
+template <int LEFT> __device__ inline void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT)); }
+
+// product[n] += left (in registers) times the tile's rows as columns: scores of 64 columns.
+__device__ inline void by_rows(float (*s)[4], const u32 (*a)[4], const T *tile) {
+#pragma unroll
+    for (int k = 0; k < STEPS; k++)
+#pragma unroll
+        for (int n = 0; n < TILE / 16; n++) {
+            u32 r[4];
+            right(r, tile, n * 16, k * 16);
+            mma(s[2 * n], a[k], r[0], r[1]);
+            mma(s[2 * n + 1], a[k], r[2], r[3]);
+        }
+}
+
+// product[n] += weights (64 columns, in accumulator layout) times the tile: D columns.
+__device__ inline void by_depth(float (*o)[4], float (*p)[4], const T *tile) {
+#pragma unroll
+    for (int k = 0; k < TILE / 16; k++) {
+        u32 a[4] = {pack2(p[2 * k][0], p[2 * k][1]), pack2(p[2 * k][2], p[2 * k][3]),
+                    pack2(p[2 * k + 1][0], p[2 * k + 1][1]), pack2(p[2 * k + 1][2], p[2 * k + 1][3])};
+#pragma unroll
+        for (int n = 0; n < STEPS; n++) {
+            u32 r[4];
+            right_by_depth(r, tile, n * 16, k * 16);
+            mma(o[2 * n], a, r[0], r[1]);
+            mma(o[2 * n + 1], a, r[2], r[3]);
+        }
+    }
+}
+
+// Whether y, at a lower place or not, goes before x: the larger, of equals the lower.
+__device__ inline int before(float y, float x, bool lower) { return lower ? y >= x : y > x; }
+
+// Bit 4 n + c: whether score c of block n is among the `keep` largest of its group. Accumulator layout: a thread has
+// columns 8 n + 2 (lane % 4) + c % 2 of rows lane / 4 + 8 (c / 2). Groups run along columns (keys in `forward` and
+// `queries_backward`).
+__device__ inline u32 survivors_of_columns(float (*s)[4], int keep) {
+    if (!OF) return ~0u;
+    constexpr int LANES = OF < 8 ? OF / 2 : 4;
+    int lane = threadIdx.x % 4;
+    u32 bits = 0;
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+#pragma unroll
+        for (int c = 0; c < 4; c += 2) {
+            float x0 = s[n][c], x1 = s[n][c + 1];
+            int rank0 = x1 > x0, rank1 = x0 >= x1;
+#pragma unroll
+            for (int d = 1; d < LANES; d++) {
+                float y0 = __shfl_xor_sync(~0u, x0, d), y1 = __shfl_xor_sync(~0u, x1, d);
+                bool lower = (lane ^ d) < lane;
+                rank0 += before(y0, x0, lower) + before(y1, x0, lower);
+                rank1 += before(y0, x1, lower) + before(y1, x1, lower);
+            }
+            if (OF == 16) {
+                const bool lower = n & 1;
+#pragma unroll
+                for (int d = 0; d < 4; d++) {
+                    float y0 = __shfl_xor_sync(~0u, s[n ^ 1][c], d), y1 = __shfl_xor_sync(~0u, s[n ^ 1][c + 1], d);
+                    rank0 += before(y0, x0, lower) + before(y1, x0, lower);
+                    rank1 += before(y0, x1, lower) + before(y1, x1, lower);
+                }
+            }
+            bits |= (u32)(rank0 < keep) << (4 * n + c) | (u32)(rank1 < keep) << (4 * n + c + 1);
+        }
+    return bits;
+}
+
+// The same where groups run along rows (keys in `keys_backward`).
+__device__ inline u32 survivors_of_rows(float (*s)[4], int keep) {
+    if (!OF) return ~0u;
+    constexpr int LANES = OF < 8 ? OF : 8;
+    int lane = threadIdx.x % 32 / 4;
+    u32 bits = 0;
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            float x = s[n][c];
+            int rank = 0;
+#pragma unroll
+            for (int d = 1; d < LANES; d++)
+                rank += before(__shfl_xor_sync(~0u, x, 4 * d), x, (lane ^ d) < lane);
+            if (OF == 16)
+#pragma unroll
+                for (int d = 0; d < 8; d++) rank += before(__shfl_xor_sync(~0u, s[n][c ^ 2], 4 * d), x, c & 2);
+            bits |= (u32)(rank < keep) << (4 * n + c);
+        }
+    return bits;
+}
+
+__device__ inline float drop(u32 index, u64 key, u32 below, float factor) {
+    return !below ? 1.0f : random_bits(key, index) < below ? 0.0f : factor;
+}
+
+// Block (64 queries, batch and head). `log_sums` [batch, heads, queries] is null when no backward follows.
+extern "C" __global__ void __launch_bounds__(128)
+    forward(T *out, float *log_sums, const T *q, const T *k, const T *v, const u8 *mask, OPTIONS) {
+    extern __shared__ __align__(16) T tiles[];
+    T *const query = tiles;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * TILE;
+    int h = blockIdx.y % heads, b = blockIdx.y / heads, g = h / (heads / kv_heads);
+    long long q_stride = (long long)heads * D, k_stride = (long long)kv_heads * D;
+    q += (long long)b * queries * q_stride + h * D;
+    k += (long long)b * keys * k_stride + g * D;
+    v += (long long)b * keys * k_stride + g * D;
+    // A query sees keys below this, plus its own number where attention is causal.
+    int seen = causal ? keys - queries + 1 : keys;
+    int most = causal ? min(first + TILE, queries) - 1 + seen : keys;
+    int count = most <= 0 ? 0 : (min(most, keys) + TILE - 1) / TILE;
+    auto tile = [&](int t, int which) { return tiles + (1 + 2 * (t % 2) + which) * TILE * ROW; };
+    fetch(query, q, q_stride, first, queries);
+    fetch(tile(0, 0), k, k_stride, 0, keys);
+    fetch(tile(0, 1), v, k_stride, 0, keys);
+    commit();
+    int row = first + warp * 16 + lane / 4;
+    float o[D / 8][4] = {}, top[2] = {minus_infinity(), minus_infinity()}, sum[2] = {};
+    u32 a[STEPS][4];
+    for (int t = 0; t < count; t++) {
+        if (t + 1 < count) {
+            fetch(tile(t + 1, 0), k, k_stride, (t + 1) * TILE, keys);
+            fetch(tile(t + 1, 1), v, k_stride, (t + 1) * TILE, keys);
+        }
+        commit();
+        wait<1>();
+        __syncthreads();
+        if (t == 0)
+            for (int i = 0; i < STEPS; i++) left(a[i], query, warp * 16, i * 16);
+        float s[8][4] = {};
+        by_rows(s, a, tile(t, 0));
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                int j = t * TILE + n * 8 + lane % 4 * 2 + c % 2, limit = causal ? row + c / 2 * 8 + seen : keys;
+                bool open = j < keys && j < limit && !(mask && !mask[(long long)b * keys + j]);
+                s[n][c] = open ? s[n][c] * (scale * LOG2E) : minus_infinity();
+            }
+        u32 kept = survivors_of_columns(s, keep);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float highest = top[r];
+#pragma unroll
+            for (int n = 0; n < 8; n++) highest = fmaxf(highest, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
+            highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
+            highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
+            // Nothing seen yet: any finite number does.
+            float base = highest == minus_infinity() ? 0.0f : highest;
+            float shrink = exp2_fast(top[r] - base);
+            top[r] = highest;
+            sum[r] *= shrink;
+#pragma unroll
+            for (int n = 0; n < D / 8; n++) {
+                o[n][2 * r] *= shrink;
+                o[n][2 * r + 1] *= shrink;
+            }
+#pragma unroll
+            for (int n = 0; n < 8; n++)
+#pragma unroll
+                for (int c = 2 * r; c < 2 * r + 2; c++) {
+                    float p = exp2_fast(s[n][c] - base);
+                    sum[r] += p;
+                    if (OF && !(kept >> (4 * n + c) & 1)) p = 0.0f;
+                    if (drop_below) {
+                        u32 at = ((u32)blockIdx.y * queries + row + 8 * r) * keys;
+                        p *= drop(at + t * TILE + n * 8 + lane % 4 * 2 + c % 2, drop_key, drop_below, drop_factor);
+                    }
+                    s[n][c] = p;
+                }
+        }
+        by_depth(o, s, tile(t, 1));
+        __syncthreads();
+    }
+    wait<0>();
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
+        sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
+        int i = row + 8 * r;
+        if (i >= queries) continue;
+        float inverse = sum[r] > 0.0f ? 1.0f / sum[r] : 0.0f;
+        T *to = out + ((long long)b * queries + i) * q_stride + h * D + lane % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < D / 8; n++)
+            *(u32 *)(to + n * 8) = pack2(o[n][2 * r] * inverse, o[n][2 * r + 1] * inverse);
+        // A query without a key: its weights come out as 0 again.
+        if (log_sums && lane % 4 == 0)
+            log_sums[(long long)blockIdx.y * queries + i] =
+                sum[r] > 0.0f ? top[r] + log2f(sum[r]) : -minus_infinity();
+    }
+}
+
+// along [batch, heads, queries]: grad . out of each query and head. A warp for each.
+extern "C" __global__ void row_products(float *along, const T *grad, const T *out, long long n, int queries, int heads) {
+    long long at = ((long long)blockIdx.x * blockDim.x + threadIdx.x) / 32;
+    int lane = threadIdx.x % 32;
+    if (at >= n) return;
+    long long i = at % queries, bh = at / queries, from = ((bh / heads * queries + i) * heads + bh % heads) * D;
+    float sum = 0;
+    for (int c = lane; c < D; c += 32) sum += (float)grad[from + c] * (float)out[from + c];
+    sum = warp_sum(sum);
+    if (lane == 0) along[at] = sum;
+}
+
+// Block (64 queries, batch and head): the queries' gradient.
+extern "C" __global__ void __launch_bounds__(128)
+    queries_backward(T *dq, const T *grad, const float *log_sums, const float *along, const T *q, const T *k,
+                     const T *v, const u8 *mask, OPTIONS) {
+    extern __shared__ __align__(16) T tiles[];
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * TILE;
+    int h = blockIdx.y % heads, b = blockIdx.y / heads, g = h / (heads / kv_heads);
+    long long q_stride = (long long)heads * D, k_stride = (long long)kv_heads * D;
+    long long at_q = (long long)b * queries * q_stride + h * D;
+    k += (long long)b * keys * k_stride + g * D;
+    v += (long long)b * keys * k_stride + g * D;
+    int seen = causal ? keys - queries + 1 : keys;
+    int most = causal ? min(first + TILE, queries) - 1 + seen : keys;
+    int count = most <= 0 ? 0 : (min(most, keys) + TILE - 1) / TILE;
+    auto tile = [&](int t, int which) { return tiles + (2 * (t % 2) + which) * TILE * ROW; };
+    // Queries and output gradients go through the second pair of tiles into registers.
+    fetch(tile(1, 0), q + at_q, q_stride, first, queries);
+    fetch(tile(1, 1), grad + at_q, q_stride, first, queries);
+    fetch(tile(0, 0), k, k_stride, 0, keys);
+    fetch(tile(0, 1), v, k_stride, 0, keys);
+    commit();
+    wait<0>();
+    __syncthreads();
+    u32 a[STEPS][4], d[STEPS][4];
+    for (int i = 0; i < STEPS; i++) {
+        left(a[i], tile(1, 0), warp * 16, i * 16);
+        left(d[i], tile(1, 1), warp * 16, i * 16);
+    }
+    __syncthreads();
+    int row = first + warp * 16 + lane / 4;
+    float log_sum[2], dot[2];
+    for (int r = 0; r < 2; r++) {
+        long long at = (long long)blockIdx.y * queries + row + 8 * r;
+        bool in = row + 8 * r < queries;
+        log_sum[r] = in ? log_sums[at] : -minus_infinity();
+        dot[r] = in ? along[at] : 0.0f;
+    }
+    float o[D / 8][4] = {};
+    for (int t = 0; t < count; t++) {
+        if (t + 1 < count) {
+            fetch(tile(t + 1, 0), k, k_stride, (t + 1) * TILE, keys);
+            fetch(tile(t + 1, 1), v, k_stride, (t + 1) * TILE, keys);
+        }
+        commit();
+        wait<1>();
+        __syncthreads();
+        float s[8][4] = {}, dp[8][4] = {};
+        by_rows(s, a, tile(t, 0));
+        by_rows(dp, d, tile(t, 1));
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                int j = t * TILE + n * 8 + lane % 4 * 2 + c % 2, limit = causal ? row + c / 2 * 8 + seen : keys;
+                bool open = j < keys && j < limit && !(mask && !mask[(long long)b * keys + j]);
+                s[n][c] = open ? s[n][c] * (scale * LOG2E) : minus_infinity();
+            }
+        u32 kept = survivors_of_columns(s, keep);
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                float factor = OF && !(kept >> (4 * n + c) & 1) ? 0.0f : 1.0f;
+                if (drop_below) {
+                    u32 at = ((u32)blockIdx.y * queries + row + c / 2 * 8) * keys;
+                    factor *= drop(at + t * TILE + n * 8 + lane % 4 * 2 + c % 2, drop_key, drop_below, drop_factor);
+                }
+                float p = exp2_fast(s[n][c] - log_sum[c / 2]);
+                s[n][c] = p * (factor * dp[n][c] - dot[c / 2]);
+            }
+        by_depth(o, s, tile(t, 0));
+        __syncthreads();
+    }
+    wait<0>();
+    for (int r = 0; r < 2; r++) {
+        if (row + 8 * r >= queries) continue;
+        T *to = dq + at_q + (row + 8 * r) * q_stride + lane % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < D / 8; n++) *(u32 *)(to + n * 8) = pack2(o[n][2 * r] * scale, o[n][2 * r + 1] * scale);
+    }
+}
+
+// Block (64 keys, batch and key head): gradients of keys and values, over the queries of all heads that share them, in
+// one order.
+extern "C" __global__ void __launch_bounds__(128)
+    keys_backward(T *dk, T *dv, const T *grad, const float *log_sums, const float *along, const T *q, const T *k,
+                  const T *v, const u8 *mask, OPTIONS) {
+    extern __shared__ __align__(16) T tiles[];
+    __shared__ float column_log_sum[2][TILE], column_dot[2][TILE];
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * TILE;
+    int g = blockIdx.y % kv_heads, b = blockIdx.y / kv_heads, group = heads / kv_heads;
+    long long q_stride = (long long)heads * D, k_stride = (long long)kv_heads * D;
+    long long at_k = (long long)b * keys * k_stride + g * D;
+    int seen = causal ? keys - queries + 1 : keys;
+    // Queries before this see none of the block's keys.
+    int begin = causal ? max(0, first + 1 - seen) / TILE : 0, blocks = (queries + TILE - 1) / TILE - begin;
+    int count = blocks <= 0 ? 0 : group * blocks;
+    T *const key = tiles, *const value = tiles + TILE * ROW;
+    auto tile = [&](int t, int which) { return tiles + (2 + 2 * (t % 2) + which) * TILE * ROW; };
+    auto start = [&](int t) {
+        int h = g * group + t / blocks, from = (begin + t % blocks) * TILE;
+        long long at_q = (long long)b * queries * q_stride + h * D;
+        fetch(tile(t, 0), q + at_q, q_stride, from, queries);
+        fetch(tile(t, 1), grad + at_q, q_stride, from, queries);
+        if (threadIdx.x < TILE) {
+            int i = from + threadIdx.x;
+            long long at = ((long long)b * heads + h) * queries + i;
+            column_log_sum[t % 2][threadIdx.x] = i < queries ? log_sums[at] : -minus_infinity();
+            column_dot[t % 2][threadIdx.x] = i < queries ? along[at] : 0.0f;
+        }
+    };
+    fetch(key, k + at_k, k_stride, first, keys);
+    fetch(value, v + at_k, k_stride, first, keys);
+    if (count) start(0);
+    commit();
+    int row = first + warp * 16 + lane / 4;
+    bool open_row[2];
+    for (int r = 0; r < 2; r++) {
+        int j = row + 8 * r;
+        open_row[r] = j < keys && !(mask && !mask[(long long)b * keys + j]);
+    }
+    float ok[D / 8][4] = {}, ov[D / 8][4] = {};
+    u32 a[STEPS][4], d[STEPS][4];
+    for (int t = 0; t < count; t++) {
+        if (t + 1 < count) start(t + 1);
+        commit();
+        wait<1>();
+        __syncthreads();
+        // Wide heads have no registers to keep these.
+        if (t == 0 || D > 64)
+            for (int i = 0; i < STEPS; i++) {
+                left(a[i], key, warp * 16, i * 16);
+                left(d[i], value, warp * 16, i * 16);
+            }
+        int h = g * group + t / blocks, from = (begin + t % blocks) * TILE;
+        float s[8][4] = {};
+        by_rows(s, a, tile(t, 0));
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                int i = from + n * 8 + lane % 4 * 2 + c % 2;
+                bool open = open_row[c / 2] && !(causal && row + c / 2 * 8 >= i + seen);
+                s[n][c] = open ? s[n][c] * (scale * LOG2E) : minus_infinity();
+            }
+        u32 kept = survivors_of_rows(s, keep);
+        float dp[8][4] = {}, thin[8][4];
+        by_rows(dp, d, tile(t, 1));
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                int column = n * 8 + lane % 4 * 2 + c % 2;
+                float factor = OF && !(kept >> (4 * n + c) & 1) ? 0.0f : 1.0f;
+                if (drop_below) {
+                    u32 at = (((u32)b * heads + h) * queries + from + column) * keys + row + c / 2 * 8;
+                    factor *= drop(at, drop_key, drop_below, drop_factor);
+                }
+                float p = exp2_fast(s[n][c] - column_log_sum[t % 2][column]);
+                thin[n][c] = factor * p;
+                s[n][c] = p * (factor * dp[n][c] - column_dot[t % 2][column]);
+            }
+        by_depth(ov, thin, tile(t, 1));
+        by_depth(ok, s, tile(t, 0));
+        __syncthreads();
+    }
+    wait<0>();
+    for (int r = 0; r < 2; r++) {
+        if (row + 8 * r >= keys) continue;
+        long long at = at_k + (row + 8 * r) * k_stride + lane % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < D / 8; n++) {
+            *(u32 *)(dk + at + n * 8) = pack2(ok[n][2 * r] * scale, ok[n][2 * r + 1] * scale);
+            *(u32 *)(dv + at + n * 8) = pack2(ov[n][2 * r], ov[n][2 * r + 1]);
+        }
+    }
+}
