@@ -6,11 +6,14 @@
 
 mod blas;
 mod kernels;
+mod pool;
 pub(crate) mod reduce;
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::hash::{Hash, Hasher};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::{fmt, ptr};
 
@@ -20,6 +23,7 @@ use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 pub(crate) use kernels::{Source, Variant, source};
 
 use blas::Blas;
+use pool::Pool;
 
 /// GPUs with an ordinal beyond this are not opened.
 const MOST: usize = 64;
@@ -89,7 +93,10 @@ struct Inner {
     stream: Arc<CudaStream>,
     modules: Mutex<HashMap<Variant, Module>>,
     blas: OnceLock<Option<Blas>>,
+    pool: Mutex<Pool>,
     failure: Mutex<Option<CudaError>>,
+    /// Whether there is a failure, to ask often.
+    has_failed: AtomicBool,
 }
 
 struct Module {
@@ -135,9 +142,10 @@ impl Gpu {
             stream,
             modules: Mutex::default(),
             blas: OnceLock::new(),
+            pool: Mutex::default(),
             failure: Mutex::default(),
+            has_failed: AtomicBool::new(false),
         };
-        inner.keep_freed_memory().map_err(|e| failed("set up memory", e))?;
         // A process has one of these for each GPU, until it ends.
         let gpu = Gpu(Box::leak(Box::new(inner)));
         *slot = Some(gpu);
@@ -159,44 +167,26 @@ impl Gpu {
         self.0.context.total_mem().unwrap_or(0) as u64
     }
 
-    /// The most bytes that were in use at one time since the last call.
-    ///
-    /// # Errors
-    /// What the driver says.
-    pub fn peak_memory(self) -> Result<u64, CudaError> {
-        use sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_USED_MEM_HIGH as HIGH;
-        let mut bytes = 0u64;
-        let mut reset = 0u64;
-        let asked = self.0.context.bind_to_thread().and_then(|()| {
-            let pool = self.0.pool()?;
-            // SAFETY: the attribute is a u64; setting it to 0 starts a new count.
-            unsafe {
-                result::mem_pool::get_attribute(pool, HIGH, (&raw mut bytes).cast())?;
-                result::mem_pool::set_attribute(pool, HIGH, (&raw mut reset).cast())
-            }
-        });
-        let ordinal = self.0.ordinal;
-        let failed =
-            |e| CudaError::Driver { ordinal, what: "ask how much memory was used".into(), reason: reason(e) };
-        asked.map(|()| bytes).map_err(failed)
+    /// The most bytes of tensors that were in use at one time since the last call.
+    pub fn peak_memory(self) -> u64 {
+        lock(&self.0.pool).peak() as u64
     }
 
     /// Waits for all work asked for so far and hands over the first failure since the last call. After
     /// out-of-memory the GPU works again; after a fault in a kernel the driver refuses all further work.
     pub fn check(self) -> Result<(), CudaError> {
         self.attempt("finish", |gpu| gpu.0.stream.synchronize());
-        match lock(&self.0.failure).take() {
-            Some(e) => Err(e),
-            None => Ok(()),
-        }
+        let failure = lock(&self.0.failure).take();
+        self.0.has_failed.store(false, Ordering::Relaxed);
+        failure.map_or(Ok(()), Err)
     }
 
     /// Runs `f` with this GPU's context current, unless the GPU has failed; keeps the first failure.
     fn attempt(self, what: &str, f: impl FnOnce(Gpu) -> Result<(), DriverError>) -> bool {
-        if lock(&self.0.failure).is_some() {
+        if self.failed() {
             return false;
         }
-        match self.0.context.bind_to_thread().and_then(|()| f(self)) {
+        match self.bind().and_then(|()| f(self)) {
             Ok(()) => true,
             Err(e) => {
                 self.fail(CudaError::Driver {
@@ -211,30 +201,67 @@ impl Gpu {
 
     fn fail(self, e: CudaError) {
         lock(&self.0.failure).get_or_insert(e);
+        self.0.has_failed.store(true, Ordering::Relaxed);
     }
 
     /// Uninitialised memory.
     pub(crate) fn allocate(self, bytes: usize) -> Memory {
-        let mut at = 0;
-        if bytes > 0 && lock(&self.0.failure).is_none() {
-            let stream = self.0.stream.cu_stream();
-            // SAFETY: the stream lives as long as the process.
-            let got =
-                self.0.context.bind_to_thread().and_then(|()| unsafe { result::malloc_async(stream, bytes) });
-            match got {
-                Ok(p) => at = p,
-                Err(e) if e.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
-                    let (free, total) = result::mem_get_info().unwrap_or((0, 0));
-                    self.fail(CudaError::OutOfMemory { ordinal: self.0.ordinal, asked: bytes, free, total });
-                }
-                Err(e) => self.fail(CudaError::Driver {
-                    ordinal: self.0.ordinal,
-                    what: format!("allocate {bytes} bytes"),
-                    reason: reason(e),
-                }),
-            }
+        let nothing = Memory { gpu: self, at: 0, bytes };
+        if bytes == 0 || self.failed() {
+            return nothing;
         }
-        Memory { gpu: self, at, bytes }
+        let mut pool = lock(&self.0.pool);
+        let class = match pool.take(bytes) {
+            Ok(at) => return Memory { at, ..nothing },
+            Err(class) => class,
+        };
+        // SAFETY: the context lives as long as the process.
+        let ask = || self.bind().and_then(|()| unsafe { result::malloc_sync(class) });
+        let got = ask().or_else(|e| {
+            if e.0 != sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+                return Err(e);
+            }
+            // Memory of other classes may be what is missing.
+            self.0.stream.synchronize()?;
+            for at in pool.drain() {
+                // SAFETY: nobody uses it, and all work that did is done.
+                unsafe { result::free_sync(at) }?;
+            }
+            ask()
+        });
+        let e = match got {
+            Ok(at) => return Memory { at, ..nothing },
+            Err(e) => e,
+        };
+        pool.give(bytes, None);
+        drop(pool);
+        self.fail(match e.0 {
+            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                let (free, total) = result::mem_get_info().unwrap_or((0, 0));
+                CudaError::OutOfMemory { ordinal: self.0.ordinal, asked: bytes, free, total }
+            }
+            _ => CudaError::Driver {
+                ordinal: self.0.ordinal,
+                what: format!("allocate {bytes} bytes"),
+                reason: reason(e),
+            },
+        });
+        nothing
+    }
+
+    fn failed(self) -> bool {
+        self.0.has_failed.load(Ordering::Relaxed)
+    }
+
+    /// Makes this GPU's context the thread's, if it is not.
+    fn bind(self) -> Result<(), DriverError> {
+        thread_local!(static BOUND: Cell<Option<Gpu>> = const { Cell::new(None) });
+        if BOUND.get() == Some(self) {
+            return Ok(());
+        }
+        self.0.context.bind_to_thread()?;
+        BOUND.set(Some(self));
+        Ok(())
     }
 
     /// A copy of `data` on the GPU.
@@ -262,7 +289,7 @@ impl Gpu {
         grid: Grid,
         arguments: &[Arg],
     ) {
-        if grid.blocks.contains(&0) || lock(&self.0.failure).is_some() {
+        if grid.blocks.contains(&0) || self.failed() {
             return;
         }
         let function = match self.function(source.into(), name) {
@@ -303,7 +330,7 @@ impl Gpu {
             what,
             reason: reason(e),
         };
-        self.0.context.bind_to_thread().map_err(|e| failed("use it".into(), e))?;
+        self.bind().map_err(|e| failed("use it".into(), e))?;
         let source = variant.source;
         if !modules.contains_key(&variant) {
             let cubin = kernels::cubin(&variant, &self.0.target)?;
@@ -326,7 +353,7 @@ impl Gpu {
 
     /// `c = alpha * a b + beta * c` in f32, as [`crate::cpu::gemm`].
     pub(crate) fn gemm(self, product: &Product) {
-        if product.m == 0 || product.n == 0 || lock(&self.0.failure).is_some() {
+        if product.m == 0 || product.n == 0 || self.failed() {
             return;
         }
         let blas = self.0.blas.get_or_init(|| match Blas::open(self) {
@@ -345,28 +372,6 @@ impl Gpu {
 }
 
 pub(crate) use blas::{Operand, Product};
-
-impl Inner {
-    /// Memory that is freed stays with the process: handing it back costs a synchronisation.
-    fn keep_freed_memory(&self) -> Result<(), DriverError> {
-        self.context.bind_to_thread()?;
-        let mut never = u64::MAX;
-        // SAFETY: the attribute is a u64.
-        unsafe {
-            result::mem_pool::set_attribute(
-                self.pool()?,
-                sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD,
-                (&raw mut never).cast(),
-            )
-        }
-    }
-
-    fn pool(&self) -> Result<sys::CUmemoryPool, DriverError> {
-        let device = result::device::get(self.ordinal as i32)?;
-        // SAFETY: `device` was just looked up.
-        unsafe { result::device::get_default_mem_pool(device) }
-    }
-}
 
 impl Device {
     /// Every device of this machine that can be used, the CPU first.
@@ -438,7 +443,7 @@ impl fmt::Debug for Gpu {
     }
 }
 
-/// GPU memory, freed in stream order when dropped.
+/// GPU memory, for others to use when it is dropped.
 pub(crate) struct Memory {
     gpu: Gpu,
     /// 0 if nothing was allocated: no bytes asked for, or the GPU has failed.
@@ -496,7 +501,7 @@ impl Drop for Memory {
     fn drop(&mut self) {
         if self.at != 0 {
             // After a fault the driver refuses this too, and nothing is left to free.
-            let _ = self.gpu.0.context.bind_to_thread();
+            
             // SAFETY: allocated on this stream and not used after this.
             let _ = unsafe { result::free_async(self.at, self.gpu.0.stream.cu_stream()) };
         }
