@@ -2,10 +2,13 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 
 use serde_json::Value;
 
-use crate::tiny::{compressed, copy, data, dense, killed, model, program, run, settings, train, tree};
+use crate::tiny::{
+    compressed, copy, data, dense, finish, killed, model, program, run, settings, train, tree,
+};
 
 /// Inputs of a run, to be spoilt.
 struct Inputs {
@@ -446,10 +449,56 @@ fn eval_and_inspect_refuse_what_they_cannot_use() {
     run(&inspect).fails(1, &["is not 2:4"]);
 }
 
+#[cfg(unix)]
+#[test]
+fn arguments_that_are_no_text_are_refused() {
+    use std::os::unix::ffi::OsStrExt;
+    let odd = std::ffi::OsStr::from_bytes(b"b\xffd");
+    for words in
+        [&["inspect"][..], &["eval", "--data", "x", "--model"], &["demo", "--seed"], &["demo", "--"], &[]]
+    {
+        let words: Vec<String> = words.iter().map(|w| w.to_string()).collect();
+        let done = finish(program(&words).arg(odd));
+        assert_eq!((done.code, done.stdout.as_str()), (Some(2), ""), "{words:?}: {}", done.stderr);
+        assert!(done.stderr.starts_with("error: ") && !done.stderr.contains("panicked"), "{}", done.stderr);
+        // Before the odd one, which may end what is read as flags.
+        let json = [&words[..words.len().min(1)], &["--json".into()], &words[words.len().min(1)..]].concat();
+        finish(program(&json).arg(odd)).fails(2, &[]);
+    }
+}
+
+#[test]
+fn output_that_is_lost_is_an_error() {
+    let full = || std::fs::File::options().write(true).open("/dev/full");
+    if full().is_err() {
+        eprintln!("skipped: there is no /dev/full");
+        return;
+    }
+    let (dir, data) = (dense(), data());
+    let (dir, data) = (dir.to_str().unwrap(), data.to_str().unwrap());
+    for args in [
+        &["eval", "--model", dir, "--data", data][..],
+        &["inspect", dir, "--json"],
+        &["--help"],
+        &["--version"],
+        &["eval", "--help"],
+    ] {
+        let command = || program(&args.iter().map(|s| s.to_string()).collect::<Vec<_>>());
+        let done = finish(command().stdout(full().unwrap()));
+        assert_eq!(done.code, Some(1), "{args:?}: {}", done.stderr);
+        assert!(done.stderr.starts_with("error: standard output: "), "{}", done.stderr);
+        // Whoever closes the pipe has read enough.
+        let mut child = command().stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        drop(child.stdout.take());
+        let done = child.wait_with_output().unwrap();
+        assert_eq!((done.status.code(), done.stderr), (Some(0), Vec::new()), "{args:?}");
+    }
+}
+
 #[test]
 fn the_command_line_explains_itself() {
     for (args, code) in [(&["--help"][..], 0), (&["compress", "--help"], 0), (&[], 2), (&["compact"], 2)] {
-        let done = crate::tiny::finish(&mut program(&args.iter().map(|s| s.to_string()).collect::<Vec<_>>()));
+        let done = finish(&mut program(&args.iter().map(|s| s.to_string()).collect::<Vec<_>>()));
         assert_eq!(done.code, Some(code), "{args:?}: {}", done.stderr);
     }
 }

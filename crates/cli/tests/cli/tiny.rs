@@ -161,6 +161,7 @@ pub(crate) fn run(args: &[String]) -> Done {
     finish(&mut program(args))
 }
 
+/// Runs `command` to the end; what goes elsewhere than to this process is not among its output.
 pub(crate) fn finish(command: &mut Command) -> Done {
     let output = command.output().unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();
