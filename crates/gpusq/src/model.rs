@@ -15,7 +15,7 @@ use crate::config::CONFIG_FILE;
 use crate::format::atomic::write_file;
 pub use crate::format::packed::PACKED_FILE;
 use crate::format::packed::{pack_f16, pack_int8, read_packed, round_dense, write_packed};
-use crate::format::safetensors::{Checkpoint, check_finite, write_safetensors};
+use crate::format::safetensors::{Checkpoint, check_finite, write_checksummed};
 use crate::params::{Params, Weight};
 use crate::sparsity::Pattern;
 use crate::spec::{Head, Linear, TransformerSpec, is_step_size};
@@ -375,7 +375,7 @@ impl Model {
                 }
             }
             let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
-            write_safetensors(dir.join("model.safetensors"), &tensors, &metadata)?;
+            write_checksummed(dir.join("model.safetensors"), &tensors, &metadata)?;
         }
         if let Some(from) = tokenizer.filter(|from| *from != dir) {
             for name in TOKENIZER_FILES {

@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use crate::tiny::{
     compressed, copy, data, dense, finish, killed, model, program, run, settings, train, tree,
+    without_checksums,
 };
 
 /// Inputs of a run, to be spoilt.
@@ -21,6 +22,7 @@ impl Inputs {
     fn of(command: &str, from: &Path) -> Inputs {
         let dir = tempfile::tempdir().unwrap();
         copy(from, &dir.path().join("model"));
+        without_checksums(&dir.path().join("model"));
         copy(&data(), &dir.path().join("data"));
         fs::copy(settings(), dir.path().join("settings.toml")).unwrap();
         let mut args = train(command, &dir.path().join("model"), &dir.path().join("out"));
@@ -168,6 +170,24 @@ fn outputs_that_are_not_finite_have_no_score_and_no_training() {
     let done = run(&i.args);
     done.fails(1, &[i.path("model").to_str().unwrap(), "at step 1", "own outputs"]);
     assert!(!done.stderr.contains("learning rate"), "{}", done.stderr);
+}
+
+#[test]
+fn a_flipped_bit_is_found_in_every_file_that_a_stage_leaves() {
+    let all = compressed();
+    let stages = ["pruned", "packed-fp16", "quantized", "packed"].map(|stage| all.join(stage));
+    for from in [dense()].iter().chain(&stages) {
+        let dir = tempfile::tempdir().unwrap();
+        copy(from, dir.path());
+        let names = ["model.safetensors", "model.gpusq.safetensors"];
+        let file = names.iter().map(|n| dir.path().join(n)).find(|f| f.exists()).unwrap();
+        let mut bytes = fs::read(&file).unwrap();
+        let last = bytes.len() - 3;
+        bytes[last] ^= 1;
+        fs::write(&file, bytes).unwrap();
+        let args = ["inspect", dir.path().to_str().unwrap(), "--json"].map(String::from);
+        run(&args).fails(1, &[file.to_str().unwrap(), "tensor `", "checksum", "copy it again"]);
+    }
 }
 
 #[test]

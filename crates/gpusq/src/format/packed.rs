@@ -9,7 +9,9 @@ use std::path::Path;
 use gpusq_tensor::ops::lsq;
 use gpusq_tensor::{DType, Tensor, f16};
 
-use crate::format::safetensors::{Checkpoint, Dtype, Stored, bad, check_finite, write_stored};
+use crate::format::safetensors::{
+    Checkpoint, Dtype, Stored, bad, check_finite, with_checksums, write_stored,
+};
 use crate::params::{Packed, Params, Weight};
 use crate::{Error, Result};
 
@@ -349,6 +351,7 @@ pub fn write_packed(
             }
         }
     }
+    let header = with_checksums(path, &stored, &header)?;
     write_stored(path, stored, &header)
 }
 

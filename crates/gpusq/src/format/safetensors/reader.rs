@@ -11,6 +11,7 @@ use gpusq_tensor::{Tensor, bf16, f16};
 use half::slice::HalfFloatSliceExt;
 use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 
+use super::checksum::{self, Sum};
 use super::header::{Info, Unique, read_header};
 use super::{CHUNK, Dtype, MAX_HEADER, bad, one_line, shown};
 use crate::{Error, Result};
@@ -37,6 +38,8 @@ struct Located {
     /// Position of the first element in the shard.
     begin: u64,
     info: Info,
+    /// What its bytes must sum to, where the file says so.
+    checksum: Option<u32>,
 }
 
 impl Checkpoint {
@@ -78,9 +81,12 @@ impl Checkpoint {
     }
 
     fn from_source(path: &Path, mut source: Box<dyn Source>) -> Result<Checkpoint> {
-        let header = read_header(path, &mut *source)?;
+        let mut header = read_header(path, &mut *source)?;
+        let there = |name: &str| header.tensors.contains_key(name);
+        let checksums = checksum::take(path, &mut header.metadata, there)?;
         let tensors = header.tensors.into_iter().map(|(name, (begin, info))| {
-            let located = Located { shard: 0, begin, info };
+            let checksum = checksums.get(&name).copied();
+            let located = Located { shard: 0, begin, info, checksum };
             (name, located)
         });
         Ok(Checkpoint {
@@ -159,7 +165,7 @@ impl Checkpoint {
         &self.path
     }
 
-    /// The free-form text of the header. With several shards, the first to have a key gives its value.
+    /// The free-form text of the header, without checksums. With several shards, the first to have a key gives its value.
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
     }
@@ -178,7 +184,8 @@ impl Checkpoint {
     /// I32 become i32, I8 and U8 stay.
     ///
     /// # Errors
-    /// [`Error::Tensor`] when there is no such tensor, its type is another, or an I64 does not fit an i32;
+    /// [`Error::Tensor`] when there is no such tensor, its type is another, an I64 does not fit an i32, or its
+    /// bytes are not those of its checksum, where the file has one;
     /// [`Error::Io`] when the file cannot be read.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         let at = self.locate(name)?;
@@ -219,8 +226,8 @@ impl Checkpoint {
     /// The tensor `name` in the type the file has it in: F32, BF16, F16, I8, U8 or I32.
     ///
     /// # Errors
-    /// [`Error::Tensor`] when there is no such tensor or its type is another; [`Error::Io`] when the file
-    /// cannot be read.
+    /// [`Error::Tensor`] when there is no such tensor, its type is another, or its bytes are not those of its
+    /// checksum, where the file has one; [`Error::Io`] when the file cannot be read.
     pub fn raw(&self, name: &str) -> Result<Tensor> {
         let at = self.locate(name)?;
         let shape = &at.info.shape;
@@ -274,6 +281,7 @@ impl Checkpoint {
         let mut position = at.begin;
         let mut out = Vec::with_capacity(count);
         let mut buffer = vec![0; left.min(CHUNK)];
+        let mut sum = Sum::default();
         while left > 0 {
             let bytes = &mut buffer[..left.min(CHUNK)];
             {
@@ -287,11 +295,18 @@ impl Checkpoint {
                     },
                 )?;
             }
+            if at.checksum.is_some() {
+                sum.add(bytes);
+            }
             decode(bytes, &mut out).map_err(|message| bad(&shard.path, name, message))?;
             position += bytes.len() as u64;
             left -= bytes.len();
         }
-        Ok(out)
+        let found = sum.value();
+        match at.checksum.filter(|stored| *stored != found) {
+            Some(stored) => Err(checksum::differs(&shard.path, name, stored, found)),
+            None => Ok(out),
+        }
     }
 }
 
