@@ -303,7 +303,17 @@ fn rule_17_codes_must_have_a_scale_for_each_row() {
 }
 
 #[test]
-fn rule_18_scales_must_be_positive_and_finite() {
+fn rule_18_scales_must_be_positive_and_not_too_large() {
+    let most = 65504.0f32 / 127.0;
+    read(&with(&[("q.weight.scale", Some(Tensor::from_f32(vec![1e-30, most], &[2])))]), &metadata("1"))
+        .unwrap();
+    let (value, mask) = (Tensor::full(&[1, 4], 1.0), Tensor::from_u8(vec![1, 1, 0, 0], &[1, 4]));
+    for x in [most.next_up(), 1e6, f32::MAX] {
+        let scale = Tensor::from_f32(vec![0.5, x], &[2]);
+        refused(&[("q.weight.scale", Some(scale))], "q.weight.scale", "is larger than 515.77");
+        let error = pack_int8(&value, &mask, &Tensor::scalar(x), "w").unwrap_err().to_string();
+        assert!(error.contains("`w`: row 0: scale") && error.contains("is larger than 515.77"), "{error}");
+    }
     for x in [0.0, -0.0, -1.0, f32::NAN, f32::INFINITY] {
         let scale = Tensor::from_f32(vec![0.5, x], &[2]);
         refused(&[("q.weight.scale", Some(scale))], "q.weight.scale", "row 1: ");
@@ -346,6 +356,8 @@ fn rule_23_activation_scales_must_be_one_positive_number() {
         for x in [0.0, -1.0] {
             refused(&[(name, Some(Tensor::scalar(x)))], name, "is not positive");
         }
+        refused(&[(name, Some(Tensor::scalar(3e36)))], name, "is larger than 2.67");
+        read(&with(&[(name, Some(Tensor::scalar(f32::MAX / 127.0)))]), &metadata("1")).unwrap();
         for shape in [&[][..], &[2], &[0]] {
             refused(&[(name, Some(Tensor::full(shape, 1.0)))], name, "has shape [1]");
         }
