@@ -98,7 +98,16 @@ impl Start {
             &self.out,
         )?;
         let held = self.run().open(self.command, &self.model)?;
-        if let Some(record) = self.run().finished()? {
+        let mut gone = None;
+        let finished = self.run().finished(&self.models(), &mut |e| {
+            if let compress::Event::Note(text) = e {
+                gone = Some(text.to_string());
+            }
+        })?;
+        if let Some(text) = gone {
+            self.progress.show(compress::Event::Note(&text));
+        }
+        if let Some(record) = finished {
             let line = format!("{} holds this run, finished", self.out.display());
             self.progress.say(&line, json!({ "event": "finished", "stages": record.stages }));
             for stage in &record.stages {
@@ -112,6 +121,16 @@ impl Start {
             self.progress.say(&format!("note: {note}"), json!({ "event": "note", "text": note }));
         }
         Ok(Some(held))
+    }
+
+    /// The folders that the command leaves models in.
+    fn models(&self) -> Vec<PathBuf> {
+        let within = |names: &[&str]| names.iter().map(|name| self.out.join(name)).collect();
+        match self.command {
+            "compress" => within(&["pruned", "packed-fp16", "quantized", "packed"]),
+            "quantize" => vec![self.out.clone(), self.out.join("packed")],
+            _ => vec![self.out.clone()],
+        }
     }
 
     /// The report of a command that ran one stage.

@@ -109,6 +109,21 @@ pub(crate) const TOKENIZER_FILES: &[&str] = &[
     "special_tokens_map.json",
 ];
 
+/// Whether `dir` holds a finished model: its manifest, and weights that nobody has taken away since.
+pub fn is_complete(dir: &Path) -> bool {
+    let weights = ["model.safetensors", PACKED_FILE];
+    dir.join(MANIFEST_FILE).exists() && weights.iter().any(|file| dir.join(file).exists())
+}
+
+/// Takes back that the model in `dir` is finished, for whoever is about to make it again.
+pub(crate) fn reopen(dir: &Path) -> Result<()> {
+    let manifest = dir.join(MANIFEST_FILE);
+    match std::fs::remove_file(&manifest) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(manifest)(e)),
+        _ => Ok(()),
+    }
+}
+
 impl Model {
     /// Loads a model of any stage.
     ///

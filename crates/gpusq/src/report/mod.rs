@@ -345,6 +345,9 @@ pub fn render(record: &RunRecord) -> String {
 /// File of the run record in an output folder; written last, so that a run that has it is finished.
 pub const RECORD_FILE: &str = "run.json";
 
+/// File of the page beside it.
+pub const PAGE_FILE: &str = "report.html";
+
 /// Writes `run.json` and `report.html` into the folder `dir`, which is made if need be. Both are complete
 /// on disk before either takes its name: running out of space leaves earlier files as they were and no others.
 pub fn write(record: &RunRecord, dir: impl AsRef<Path>) -> Result<()> {
@@ -353,7 +356,7 @@ pub fn write(record: &RunRecord, dir: impl AsRef<Path>) -> Result<()> {
     let json = serde_json::to_vec(record).map_err(|e| Error::file(&json_path, e.to_string()))?;
     std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
     let mut staged = Vec::new();
-    for (path, content) in [(dir.join("report.html"), render(record).into_bytes()), (json_path, json)] {
+    for (path, content) in [(dir.join(PAGE_FILE), render(record).into_bytes()), (json_path, json)] {
         let mut builder = tempfile::Builder::new();
         builder.prefix(".report-").suffix(".tmp");
         // Temporary files are private by default; these are ordinary ones, limited by the umask.
