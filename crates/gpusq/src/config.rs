@@ -18,7 +18,7 @@ pub use presets::{PRESETS, Preset};
 use setting::{Range, Setting, choice, one_of};
 
 use crate::sparsity::Pattern;
-use crate::{Error, Result};
+use crate::{Error, Result, textfile};
 
 /// File of a run's settings in its output folder.
 pub const CONFIG_FILE: &str = "gpusq.toml";
@@ -379,8 +379,7 @@ impl Config {
             config.apply(Path::new(known.name), known.toml)?;
         }
         if let Some(path) = path {
-            let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-            config.apply(path, &text)?;
+            config.apply(path, &textfile::text(path)?)?;
         }
         for (key, value) in overrides {
             config.set(key, value)?;

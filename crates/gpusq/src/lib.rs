@@ -21,6 +21,7 @@ pub mod report;
 pub mod sparsity;
 pub mod spec;
 pub mod task;
+mod textfile;
 pub mod train;
 
 pub use error::{Error, Result};

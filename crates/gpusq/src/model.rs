@@ -20,7 +20,7 @@ use crate::params::{Params, Weight};
 use crate::sparsity::Pattern;
 use crate::spec::{Head, Linear, TransformerSpec, is_step_size};
 use crate::task::HeadKind;
-use crate::{Error, Result};
+use crate::{Error, Result, textfile};
 
 /// What has been done to a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -526,8 +526,7 @@ impl Manifest {
         if !path.exists() {
             return Ok(None);
         }
-        let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-        Self::parse(&path, &text).map(Some)
+        Self::parse(&path, &textfile::text(&path)?).map(Some)
     }
 
     fn parse(path: &Path, text: &str) -> Result<Manifest> {

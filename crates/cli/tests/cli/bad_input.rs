@@ -231,6 +231,12 @@ fn spoilt_configurations_and_vocabularies_are_refused() {
     i.replace(config, "1e-12", "-1");
     i.fails(1, &[i.path(config).to_str().unwrap(), "layer_norm_eps", "-1"]);
     let i = new();
+    fs::write(i.path(config), b"{\n\"model_type\": \"b\xe9rt\"}").unwrap();
+    i.fails(1, &[&format!("{}:2:", i.path(config).display()), "UTF-8"]);
+    fs::remove_file(i.path(config)).unwrap();
+    fs::create_dir(i.path(config)).unwrap();
+    i.fails(1, &[i.path(config).to_str().unwrap(), "give a file"]);
+    let i = new();
     fs::remove_file(i.path(config)).unwrap();
     i.fails(1, &[i.path("model").to_str().unwrap(), "config.json"]);
 
@@ -310,6 +316,52 @@ fn wrong_settings_are_refused() {
     i.fails(1, &[i.path("data").to_str().unwrap(), "train-v1.1.json"]);
     let i = more(&["--config", "/does/not/exist.toml"]);
     i.fails(2, &["--config"]);
+    let i = new();
+    fs::write(i.path("settings.toml"), b"# \xe9\n").unwrap();
+    i.fails(1, &[&format!("{}:1:", i.path("settings.toml").display()), "UTF-8"]);
+    fs::remove_file(i.path("settings.toml")).unwrap();
+    fs::create_dir(i.path("settings.toml")).unwrap();
+    i.fails(1, &[i.path("settings.toml").to_str().unwrap(), "give a file"]);
+}
+
+#[test]
+fn a_byte_order_mark_changes_nothing() {
+    let mut i = Inputs::of("finetune", &model());
+    i.args.extend(["--max-steps", "1", "--checkpoint-every", "0"].map(String::from));
+    fs::write(i.path("model/tokenizer_config.json"), "{}").unwrap();
+    run(&i.args).ok();
+    fs::rename(i.path("out"), i.path("plain")).unwrap();
+    for name in [
+        "model/config.json",
+        "model/vocab.txt",
+        "model/tokenizer_config.json",
+        "data/dev.tsv",
+        "settings.toml",
+    ] {
+        let text = fs::read_to_string(i.path(name)).unwrap();
+        fs::write(i.path(name), format!("\u{feff}{text}")).unwrap();
+    }
+    run(&i.args).ok();
+    for name in ["model.safetensors", "config.json", "gpusq.toml"] {
+        assert!(
+            fs::read(i.path("out").join(name)).unwrap() == fs::read(i.path("plain").join(name)).unwrap(),
+            "{name}"
+        );
+    }
+    let manifest = i.path("out/gpusq.json");
+    fs::write(&manifest, format!("\u{feff}{}", fs::read_to_string(&manifest).unwrap())).unwrap();
+    run(&["inspect".into(), i.path("out").to_str().unwrap().into(), "--json".into()]).ok();
+}
+
+#[test]
+fn a_family_without_the_tasks_head_is_refused() {
+    let i = Inputs::of("finetune", &model());
+    let text = r#"{"model_type": "opt", "vocab_size": 41, "hidden_size": 8, "num_hidden_layers": 1, "ffn_dim": 8,
+        "num_attention_heads": 2, "max_position_embeddings": 16}"#;
+    let config = gpusq::arch::Config::parse(&i.path("model/config.json"), text).unwrap();
+    gpusq::model::Model::random(config, 1).unwrap().save(&i.path("model"), None).unwrap();
+    let config = i.path("model/config.json");
+    i.fails(1, &[config.to_str().unwrap(), "family `opt`", "no head for classification", "bert, distilbert"]);
 }
 
 #[test]
@@ -404,6 +456,12 @@ fn output_folders_in_use_are_refused() {
     let i = Inputs::of("finetune", &model());
     fs::write(i.path("out"), "a file").unwrap();
     i.fails(1, &[i.path("out").to_str().unwrap(), "not a folder"]);
+    #[cfg(unix)]
+    {
+        let i = Inputs::of("finetune", &model());
+        std::os::unix::fs::symlink(i.path("gone"), i.path("out")).unwrap();
+        run(&i.args).fails(1, &[i.path("out").to_str().unwrap(), "is a link to", "choose another --out"]);
+    }
     let i = Inputs::of("finetune", &model());
     fs::create_dir(i.path("out")).unwrap();
     run(&i.args).ok();

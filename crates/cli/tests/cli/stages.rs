@@ -156,7 +156,7 @@ fn questions_are_counted_and_not_the_windows_they_are_read_in() {
         let asked: Vec<Value> = (0..n).map(|i| ask(&i.to_string())).collect();
         serde_json::json!({ "data": [{ "paragraphs": [{ "context": context, "qas": asked }] }] }).to_string()
     };
-    std::fs::write(data.join("train-v1.1.json"), file(5)).unwrap();
+    std::fs::write(data.join("train-v1.1.json"), format!("\u{feff}{}", file(5))).unwrap();
     std::fs::write(data.join("dev-v1.1.json"), file(3)).unwrap();
     let out = dir.path().join("out");
     let mut args = train("finetune", &model(), &out);

@@ -14,7 +14,7 @@ use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Vi
 use super::checksum::{self, Sum};
 use super::header::{Info, Unique, read_header};
 use super::{CHUNK, Dtype, MAX_HEADER, bad, one_line, shown};
-use crate::{Error, Result};
+use crate::{Error, Result, textfile};
 
 /// An opened checkpoint: one safetensors file, or the shards an index names. Its headers are checked;
 /// elements are read when asked for, from any thread.
@@ -354,7 +354,7 @@ pub fn parse_index(path: impl AsRef<Path>, bytes: &[u8]) -> Result<BTreeMap<Stri
     }
 
     let path = path.as_ref();
-    let Index(weight_map) = serde_json::from_slice(bytes)
+    let Index(weight_map) = serde_json::from_slice(textfile::unmarked(bytes))
         .map_err(|e| Error::file(path, format!("is not a checkpoint's index: {}", one_line(e))))?;
     if weight_map.is_empty() {
         return Err(Error::file(path, "names no tensors in `weight_map`"));
