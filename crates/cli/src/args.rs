@@ -170,7 +170,11 @@ fn out() -> Arg {
 }
 
 fn seed() -> Arg {
-    Arg::new("seed").long("seed").value_name("N").help("Seed of everything random [default: 42]")
+    Arg::new("seed")
+        .long("seed")
+        .value_name("N")
+        .allow_hyphen_values(true)
+        .help("Seed of everything random [default: 42]")
 }
 
 fn json() -> Arg {
@@ -296,13 +300,28 @@ pub(crate) fn load_data(
     model: &Model,
 ) -> Result<Dataset> {
     let limit = model.spec.max_length();
-    if let Some(asked) = max_length.filter(|n| *n > limit) {
-        return Err(Error::Mismatch(format!(
-            "data.max_length is {asked} and the model takes {limit} tokens; lower it"
-        )));
-    }
     let trained = model.max_length.filter(|_| model.task.as_deref() == Some(task.name));
     task.load(dir, split, tokenizer, max_length.or(trained).unwrap_or(task.max_len).min(limit))
+}
+
+/// Refuses a length that is set and that the model does not take. `settings` are those that `m` gives.
+pub(crate) fn check_length(m: &ArgMatches, settings: &Config, model: &Model) -> Result<()> {
+    let limit = model.spec.max_length();
+    let Some(asked) = settings.data.max_length.filter(|n| *n > limit) else { return Ok(()) };
+    let preset = m.get_one::<String>("preset").map(String::as_str);
+    let of_preset = Config::load(None, preset, &[])?.data.max_length == Some(asked);
+    let flag = m.get_one::<String>("data.max_length").is_some();
+    Err(Error::Mismatch(match preset.filter(|_| of_preset && !flag) {
+        Some(name) => format!(
+            "the preset `{name}` is for models that take {asked} tokens and this one takes {limit}; add \
+             --data.max-length {limit}"
+        ),
+        None => {
+            format!(
+                "data.max_length is {asked} and the model takes {limit} tokens; set it to at most {limit}"
+            )
+        }
+    }))
 }
 
 /// The command line as it was typed, quoted for a shell.

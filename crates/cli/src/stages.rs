@@ -64,6 +64,7 @@ impl Start {
                 model.set_labels(task.labels);
             }
         }
+        args::check_length(m, &config, &model)?;
         let load = |split| args::load_data(task, data, split, &tokenizer, config.data.max_length, &model);
         let (train, dev) = (load(Split::Train)?, load(Split::Dev)?);
         let progress = Progress::new(m.get_flag("json"));

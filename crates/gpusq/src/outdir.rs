@@ -98,8 +98,15 @@ pub fn open(out: &Path, resume: bool, identity: &str, settings: &str) -> Result<
         check(out, resume)?;
     }
     let before = fs::read_to_string(&file).map_err(Error::io(&file))?;
-    if let Some((was, is)) = before.lines().zip(text.lines()).find(|(a, b)| a != b) {
-        let plain = |line: &str| line.trim_start_matches("# ").to_string();
+    let lines = || before.lines().zip(text.lines());
+    if let Some(at) = lines().position(|(a, b)| a != b) {
+        let table =
+            before.lines().take(at).filter_map(|line| line.strip_prefix('[')?.strip_suffix(']')).last();
+        let plain = |line: &str| match (line.strip_prefix("# "), table) {
+            (None, Some(table)) => format!("{table}.{line}"),
+            (comment, _) => comment.unwrap_or(line).to_string(),
+        };
+        let (was, is) = lines().nth(at).unwrap_or_default();
         let message = format!(
             "the run to resume has `{}`, this one `{}`; resume with the command and settings it was started with, \
              or choose another --out",

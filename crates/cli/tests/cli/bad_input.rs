@@ -305,6 +305,16 @@ fn wrong_settings_are_refused() {
     more(&["--preset", "quik"]).fails(2, &["quik", "quick"]);
     more(&["--epochs", "many"]).fails(2, &["epochs", "many"]);
     more(&["--seed", "x"]).fails(2, &["seed", "x"]);
+    more(&["--seed", "-1"]).fails(2, &["`seed` is -1", "whole number from 0"]);
+    run(&["demo", "--seed", "-1", "--json"].map(String::from))
+        .fails(2, &["`seed` is -1", "whole number from 0"]);
+    let preset = ["--preset", "bert-base-glue"];
+    more(&preset).fails(1, &["the preset `bert-base-glue` is for", "128", "32", "--data.max-length 32"]);
+    more(&[&preset[..], &["--data.max-length", "64"]].concat())
+        .fails(1, &["data.max_length is 64", "at most 32"]);
+    let i = new();
+    i.replace("settings.toml", "[train]", "[data]\nmax_length = 64\n[train]");
+    i.fails(1, &["data.max_length is 64", "at most 32"]);
     more(&["--epoch", "1"]).fails(2, &["--epoch"]);
     more(&["--max-length", "4096"]).fails(2, &["--max-length"]);
     more(&["--data.max-length", "4096"]).fails(1, &["4096", "32"]);

@@ -218,7 +218,7 @@ fn resuming_another_run_is_refused() {
     let toml = out.join("gpusq.toml");
     let file = toml.to_str().unwrap();
     run(&with(&["--learning-rate", "1e-4"]))
-        .fails(1, &[file, "learning_rate = 0.001", "learning_rate = 1e-4"]);
+        .fails(1, &[file, "`prune.learning_rate = 0.001`", "`prune.learning_rate = 1e-4`"]);
     run(&with(&["--seed", "3"])).fails(1, &[file, "seed = 42", "seed = 3"]);
     run(&resumed(&train("compress", &dense(), &out)))
         .fails(1, &[file, "command: prune", "command: compress"]);
