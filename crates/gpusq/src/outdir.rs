@@ -226,6 +226,8 @@ mod tests {
         drop(open(&out, true, "# a", "x = 1").unwrap());
         let error = open(&out, true, "# b", "x = 1").unwrap_err().to_string();
         assert!(error.contains("`a`, this one `b`"), "{error}");
+        let error = open(&out, true, "# a", "x = 2").unwrap_err().to_string();
+        assert!(error.contains("`x = 1`, this one `x = 2`"), "{error}");
         let error = open(&out, false, "# a", "x = 1").unwrap_err().to_string();
         assert!(error.contains("not empty"), "{error}");
     }

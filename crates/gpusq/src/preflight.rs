@@ -124,17 +124,20 @@ pub fn preflight(
 /// Checks that every example of `data` can go through `model`.
 ///
 /// # Errors
-/// [`Error::Mismatch`]: a vocabulary that is too large, an example too long or empty.
+/// [`Error::File`] of the model's folder: a vocabulary that is too large. [`Error::Mismatch`]: an example too long,
+/// or none.
 pub fn check_fit(model: &Model, tokenizer: &Tokenizer, data: &[&Dataset]) -> Result<()> {
     let spec = &model.spec;
+    let folder = model.config.path().parent().unwrap_or(model.config.path());
     let largest =
         data.iter().flat_map(|d| &d.examples).flat_map(|e| &e.ids).max().copied().unwrap_or(0) as usize;
     if tokenizer.vocab_size() > spec.vocab || largest >= spec.vocab {
-        return Err(Error::Mismatch(format!(
+        let message = format!(
             "the tokenizer has {} entries and the model's vocabulary {}; use the tokenizer the model was trained with",
             tokenizer.vocab_size(),
             spec.vocab
-        )));
+        );
+        return Err(Error::file(folder, message));
     }
     let limit = spec.max_length();
     for d in data {
@@ -143,9 +146,10 @@ pub fn check_fit(model: &Model, tokenizer: &Tokenizer, data: &[&Dataset]) -> Res
         }
         let segment = d.examples.iter().flat_map(|e| &e.types).max().copied().unwrap_or(0) as usize;
         if let Some(types) = spec.stacks().map(|(_, s)| s.embed.types).find(|&t| t > 0 && segment >= t) {
-            return Err(Error::Mismatch(format!(
+            let message = format!(
                 "the tokenizer gives segment {segment} and the model has {types}; use the tokenizer the model was trained with"
-            )));
+            );
+            return Err(Error::file(folder, message));
         }
         if let Some(e) = d.examples.iter().find(|e| e.ids.len() > limit) {
             return Err(Error::Mismatch(format!(

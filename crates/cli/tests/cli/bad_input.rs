@@ -111,10 +111,10 @@ fn spoilt_weights_are_refused() {
     i.fails(1, &[WEIGHT, "F8_E4M3"]);
     let i = new();
     i.entry(WEIGHT, |t| t["shape"] = serde_json::json!([16, 64]));
-    i.fails(1, &[WEIGHT, "[16, 64]", "[32, 32]"]);
+    i.fails(1, &[i.path(file).to_str().unwrap(), WEIGHT, "[16, 64]", "[32, 32]"]);
     let i = new();
     i.header(|h| h.replacen(WEIGHT, "another", 1));
-    i.fails(1, &[WEIGHT, "missing"]);
+    i.fails(1, &[i.path(file).to_str().unwrap(), WEIGHT, "missing"]);
     let i = new();
     // The header as text: a JSON library would drop one of the two.
     i.header(|h| {
@@ -131,7 +131,7 @@ fn spoilt_weights_are_refused() {
         let at = 8 + len + header[WEIGHT]["data_offsets"][0].as_u64().unwrap() as usize + 12;
         bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
         fs::write(i.path(file), bytes).unwrap();
-        i.fails(1, &[WEIGHT, shown]);
+        i.fails(1, &[i.path(file).to_str().unwrap(), WEIGHT, shown]);
     }
 
     let i = new();
@@ -244,7 +244,13 @@ fn spoilt_configurations_and_vocabularies_are_refused() {
     let i = new();
     let words = fs::read_to_string(i.path(vocab)).unwrap();
     fs::write(i.path(vocab), words + "one\ntwo\n").unwrap();
-    i.fails(1, &["43 entries", "41", "tokenizer"]);
+    i.fails(1, &[i.path("model").to_str().unwrap(), "43 entries", "41", "tokenizer"]);
+    let inspect = ["inspect", i.path("model").to_str().unwrap(), "--json"].map(String::from);
+    let done = run(&inspect);
+    done.fails(1, &[i.path("model").to_str().unwrap(), "43 entries", "41"]);
+    assert_eq!(done.event("inspect")["tokenizer_entries"], 43, "what it found out is told all the same");
+    let plain = run(&inspect[..2]);
+    assert!(plain.code == Some(1) && plain.stdout.contains("2 layers"), "{}{}", plain.stdout, plain.stderr);
     let i = new();
     i.replace(vocab, "[CLS]", "[KLS]");
     i.fails(1, &[i.path(vocab).to_str().unwrap(), "[CLS]"]);
@@ -486,11 +492,11 @@ fn an_unfinished_run_is_not_a_model() {
         let i = Inputs::of("prune", &out);
         i.fails(1, &[i.path("model").to_str().unwrap(), "not finished", "--resume"]);
     }
-    // Stopped between the weights and the manifest, which comes last.
-    for from in [dense(), compressed().join("packed")] {
+    // Stopped between the weights and the manifest, which comes last, or copied without it.
+    for (from, more) in [(dense(), "holds a run"), (compressed().join("packed"), "has no gpusq.json")] {
         let i = Inputs::of("prune", &from);
         fs::remove_file(i.path("model/gpusq.json")).unwrap();
-        i.fails(1, &[i.path("model").to_str().unwrap(), "not finished", "--resume"]);
+        i.fails(1, &[i.path("model").to_str().unwrap(), "not finished", "--resume", more]);
     }
 }
 

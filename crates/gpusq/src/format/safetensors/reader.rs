@@ -165,6 +165,16 @@ impl Checkpoint {
         &self.path
     }
 
+    /// The file that holds the tensor `name` or, if there is none, where it would be: the only file, or the folder
+    /// of the shards.
+    pub fn path_of(&self, name: &str) -> &Path {
+        match (self.tensors.get(name), &self.shards[..]) {
+            (Some(at), shards) => &shards[at.shard].path,
+            (None, [only]) => &only.path,
+            (None, _) => &self.path,
+        }
+    }
+
     /// The free-form text of the header, without checksums. With several shards, the first to have a key gives its value.
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
@@ -251,7 +261,7 @@ impl Checkpoint {
     fn locate(&self, name: &str) -> Result<&Located> {
         self.tensors.get(name).ok_or_else(|| {
             let message = format!("is missing; the checkpoint has {} tensors", self.tensors.len());
-            bad(&self.path, name, message)
+            bad(self.path_of(name), name, message)
         })
     }
 
