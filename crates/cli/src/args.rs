@@ -14,8 +14,9 @@ use gpusq::{Error, Result};
 /// The whole command line.
 pub(crate) fn command() -> Command {
     let tasks: Vec<String> = TASKS.iter().map(|t| format!("  {:6} {}", t.name, t.about)).collect();
+    let tasks = format!("Tasks:\n{}", tasks.join("\n"));
     let presets: Vec<String> = config::PRESETS.iter().map(|p| format!("  {:18} {}", p.name, p.doc)).collect();
-    let footer = format!("Tasks:\n{}\n\nPresets:\n{}", tasks.join("\n"), presets.join("\n"));
+    let footer = format!("{tasks}\n\nPresets:\n{}", presets.join("\n"));
     Command::new("gpusq")
         .version(env!("CARGO_PKG_VERSION"))
         .about("Compress transformer language models to 2:4 sparse INT8 (GPUSQ-TLM) and run the result")
@@ -46,8 +47,9 @@ pub(crate) fn command() -> Command {
             Command::new("eval")
                 .about("Score a model of any stage; packed ones run in the engine")
                 .args([model(), task().required(false), data(), split(), json()])
-                .arg(Arg::new("max-length").long("max-length").value_name("TOKENS").value_parser(value_parser!(usize)).help("Longest input (default: as the model was trained, or the task's own)"))
-                .arg(Arg::new("batch-size").long("batch-size").value_name("N").value_parser(value_parser!(u16).range(1..)).default_value("32").help("Examples at a time")),
+                .arg(Arg::new("max-length").long("max-length").visible_alias("data.max-length").value_name("TOKENS").value_parser(value_parser!(usize)).help("Longest input (default: as the model was trained, or the task's own)"))
+                .arg(Arg::new("batch-size").long("batch-size").value_name("N").value_parser(value_parser!(u16).range(1..)).default_value("32").help("Examples at a time"))
+                .after_help(tasks),
         )
         .subcommand(
             Command::new("inspect")
@@ -58,7 +60,7 @@ pub(crate) fn command() -> Command {
         .subcommand(
             Command::new("demo")
                 .about("Train, compress and score a small model on generated text; needs no files and no network")
-                .arg(out().required(false).default_value("gpusq-demo"))
+                .arg(out().required(false).default_value("gpusq-demo").help("Folder to write; must be empty or not exist"))
                 .arg(seed())
                 .arg(json()),
         )

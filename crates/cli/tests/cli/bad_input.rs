@@ -596,6 +596,17 @@ fn output_that_is_lost_is_an_error() {
 }
 
 #[test]
+fn help_says_what_its_command_takes() {
+    let help = |command: &str| run(&[command.into(), "--help".into()]).stdout;
+    assert!(!help("demo").contains("resume"), "{}", help("demo"));
+    for command in ["finetune", "eval"] {
+        for part in ["Tasks:", "mnli", "squad", "--data.max-length"] {
+            assert!(help(command).contains(part), "{command}, {part}: {}", help(command));
+        }
+    }
+}
+
+#[test]
 fn the_command_line_explains_itself() {
     for (args, code) in [(&["--help"][..], 0), (&["compress", "--help"], 0), (&[], 2), (&["compact"], 2)] {
         let done = finish(&mut program(&args.iter().map(|s| s.to_string()).collect::<Vec<_>>()));

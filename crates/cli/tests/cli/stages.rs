@@ -88,8 +88,10 @@ fn later_commands_use_the_length_a_model_was_trained_with() {
     done.ok();
     assert_eq!(done.event("preflight")["preflight"]["longest"], 8);
     assert_eq!(eval(&pruned, "dev")["max_length"], 8);
-    let whole = ["--max-length", "32"].map(String::from);
-    assert_eq!(eval_with(&pruned, "dev", &whole)["max_length"], 32, "what is asked for comes first");
+    for flag in ["--max-length", "--data.max-length"] {
+        let whole = [flag, "32"].map(String::from);
+        assert_eq!(eval_with(&pruned, "dev", &whole)["max_length"], 32, "what is asked for comes first");
+    }
 
     // A manifest from before the length was kept: the task's own, as far as the model goes.
     let manifest = short.join("gpusq.json");
