@@ -3,8 +3,7 @@
 use clap::ArgMatches;
 use gpusq::format::packed::sizes;
 use gpusq::model::{Model, Stage, compressible};
-use gpusq::preflight::bytes;
-use gpusq::report::grouped;
+use gpusq::report::{bytes, grouped};
 use gpusq::spec::Head;
 use gpusq::task::Tokenizer;
 use gpusq::{Error, Result};

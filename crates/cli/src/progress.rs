@@ -5,8 +5,8 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use gpusq::compress::Event;
-use gpusq::preflight::{Preflight, bytes};
-use gpusq::report::grouped;
+use gpusq::preflight::Preflight;
+use gpusq::report::{bytes, grouped};
 use gpusq::train;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;

@@ -10,6 +10,7 @@ use crate::format::atomic::free_space;
 use crate::format::packed::beyond_f16;
 use crate::model::{Model, compressible};
 use crate::params::Weight;
+use crate::report::bytes;
 use crate::spec::Stack;
 use crate::task::{Dataset, Tokenizer};
 use crate::{Error, Result};
@@ -194,28 +195,4 @@ fn physical_memory() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find(|l| l.starts_with("MemTotal:"))?;
     line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
-}
-
-/// Bytes for people: `1.5 GiB`.
-pub fn bytes(n: u64) -> String {
-    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let mut value = n as f64;
-    let mut unit = 0;
-    while value >= 1024.0 && unit + 1 < units.len() {
-        value /= 1024.0;
-        unit += 1;
-    }
-    if unit == 0 { format!("{n} B") } else { format!("{value:.1} {}", units[unit]) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::bytes;
-
-    #[test]
-    fn bytes_are_readable() {
-        assert_eq!(bytes(999), "999 B");
-        assert_eq!(bytes(1536), "1.5 KiB");
-        assert_eq!(bytes(3 << 30), "3.0 GiB");
-    }
 }

@@ -118,6 +118,8 @@ fn a_run_that_compresses_nothing_says_nothing_of_it() {
         args.extend(["--max-steps", "1"].map(String::from));
         let done = run(&args);
         assert_eq!(done.code, Some(0), "{}", done.stderr);
+        let units = |text: &str| text.contains("B of memory and ") && !text.contains("iB");
+        assert!(units(&done.stdout), "the report's units: {}", done.stdout);
         said.push(done.stdout.contains("to compress") && done.stdout.contains("compresses: "));
         assert_eq!(done.stdout.contains("compress"), command == "prune", "{}", done.stdout);
     }
