@@ -565,6 +565,36 @@ fn the_writer_keeps_the_rules_too() {
 }
 
 #[test]
+fn the_specification_lists_every_name() {
+    let text = include_str!("../../../FORMAT.md");
+    let sizes = r#""vocab_size":24,"hidden_size":8,"num_hidden_layers":1,"num_attention_heads":2"#;
+    let bart = r#""d_model":8,"encoder_layers":1,"decoder_layers":1,"encoder_attention_heads":2,
+        "decoder_attention_heads":2,"encoder_ffn_dim":16,"decoder_ffn_dim":16"#;
+    let mut names = std::collections::BTreeSet::new();
+    for (family, class, more) in [
+        ("bert", "BertForSequenceClassification", r#""intermediate_size":16,"type_vocab_size":2"#),
+        ("llama", "LlamaForCausalLM", r#""intermediate_size":16,"tie_word_embeddings":false"#),
+        ("opt", "OPTForCausalLM", r#""ffn_dim":16,"word_embed_proj_dim":4"#),
+        ("bart", "BartForConditionalGeneration", bart),
+    ] {
+        let json = format!(
+            r#"{{"model_type":"{family}","architectures":["{class}"],{sizes},"max_position_embeddings":8,{more}}}"#
+        );
+        let config = gpusq::arch::Config::parse(Path::new("config.json"), &json).unwrap();
+        let spec = (gpusq::arch::find(&config).unwrap().spec)(&config).unwrap();
+        let linears = spec.linears();
+        names.extend(spec.weights().into_iter().map(|(name, _)| name));
+        names.extend(linears.iter().map(|l| l.input_scale()));
+        assert!(linears.iter().all(|l| l.output_scale() == format!("{}.output_scale", l.name)));
+    }
+    assert!(names.len() > 60, "{names:?}");
+    for name in names {
+        let pattern = name.replace("encoder.", "STACK.").replace("decoder.", "STACK.").replace(".0.", ".N.");
+        assert!(text.contains(&format!("`{pattern}`")), "FORMAT.md does not have `{pattern}`");
+    }
+}
+
+#[test]
 fn the_specification_numbers_what_is_tested() {
     let text = include_str!("../../../FORMAT.md");
     let rules =

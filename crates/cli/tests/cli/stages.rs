@@ -235,6 +235,21 @@ fn single_stages_give_what_all_of_them_together_give() {
 }
 
 #[test]
+fn every_file_that_a_run_leaves_is_documented() {
+    let documents = [include_str!("../../../../README.md"), include_str!("../../../../FORMAT.md")].concat();
+    for name in tree(&compressed()).keys().chain(tree(&dense()).keys()) {
+        for part in name.split_terminator('/') {
+            assert!(
+                documents.contains(&format!("`{part}`"))
+                    || documents.contains(&format!("`{part}/`"))
+                    || documents.contains(&format!("`OUT/{part}`")),
+                "{name}"
+            );
+        }
+    }
+}
+
+#[test]
 fn a_run_goes_on_when_nobody_reads_its_output() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");
