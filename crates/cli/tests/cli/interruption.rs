@@ -242,6 +242,28 @@ fn resuming_another_run_is_refused() {
 }
 
 #[test]
+fn a_damaged_state_says_how_to_go_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let args = train("prune", &dense(), &out);
+    killed(&args, &out, &[&|e| e["event"] == "saved"]);
+    let state = out.join("state/train.safetensors");
+    let whole = std::fs::read(&state).unwrap();
+    let mut flipped = whole.clone();
+    *flipped.last_mut().unwrap() ^= 0x10;
+    for damaged in [&flipped, &whole[..whole.len() / 2]] {
+        std::fs::write(&state, damaged).unwrap();
+        let advice = "remove this file and run the command again with --resume";
+        run(&resumed(&args)).fails(1, &[state.to_str().unwrap(), advice]);
+    }
+    std::fs::remove_file(&state).unwrap();
+    let done = run(&resumed(&args));
+    done.ok();
+    assert_eq!(done.event("stage")["done"], 0);
+    crate::tiny::assert_same_stage(&out, &compressed().join("pruned"));
+}
+
+#[test]
 fn resuming_where_nothing_is_starts_a_run() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("new/out");
