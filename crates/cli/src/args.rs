@@ -7,8 +7,11 @@ use gpusq::arch::labels;
 use gpusq::config::{self, Config, SettingInfo};
 use gpusq::hub;
 use gpusq::model::Model;
+use gpusq::reproduce::{EXPERIMENTS, Experiment};
 use gpusq::spec::Head;
 use gpusq::task::{Dataset, HeadKind, Split, TASKS, Task, Tokenizer};
+use gpusq::tensor::Device;
+use gpusq::tensor::cuda::CudaError;
 use gpusq::{Error, Result};
 
 /// The whole command line.
@@ -17,6 +20,15 @@ pub(crate) fn command() -> Command {
     let tasks = format!("Tasks:\n{}", tasks.join("\n"));
     let presets: Vec<String> = config::PRESETS.iter().map(|p| format!("  {:18} {}", p.name, p.doc)).collect();
     let footer = format!("{tasks}\n\nPresets:\n{}", presets.join("\n"));
+    let variants = |e: &Experiment| {
+        let labels: Vec<String> = e.variants.iter().map(|v| format!("           {}", v.label)).collect();
+        format!("  {:8} {}:\n{}", e.name, e.about, labels.join("\n"))
+    };
+    let experiments: Vec<String> = EXPERIMENTS.iter().map(variants).collect();
+    let experiments = format!(
+        "Experiments, with what each compresses, once with every seed:\n{}\n\n{REPRODUCE_WRITES}\n\n{footer}",
+        experiments.join("\n")
+    );
     Command::new("gpusq")
         .version(env!("CARGO_PKG_VERSION"))
         .about("Compress transformer language models to 2:4 sparse INT8 (GPUSQ-TLM) and run the result")
@@ -46,7 +58,7 @@ pub(crate) fn command() -> Command {
         .subcommand(
             Command::new("eval")
                 .about("Score a model of any stage; packed ones run in the engine")
-                .args([model(), task().required(false), data(), split(), json()])
+                .args([model(), task().required(false), data(), split(), device(), json()])
                 .arg(Arg::new("max-length").long("max-length").visible_alias("data.max-length").value_name("TOKENS").value_parser(value_parser!(usize)).help("Longest input (default: as the model was trained, or the task's own)"))
                 .arg(Arg::new("batch-size").long("batch-size").value_name("N").value_parser(value_parser!(u16).range(1..)).default_value("32").help("Examples at a time"))
                 .after_help(tasks),
@@ -58,13 +70,26 @@ pub(crate) fn command() -> Command {
                 .arg(json()),
         )
         .subcommand(
+            training("reproduce", "An accuracy table or plot of the paper, from runs with several seeds")
+                .after_help(experiments),
+        )
+        .subcommand(
             Command::new("demo")
                 .about("Train, compress and score a small model on generated text; needs no files and no network")
                 .arg(out().required(false).default_value("gpusq-demo").help("Folder to write; must be empty or not exist"))
                 .arg(seed())
+                .arg(device())
                 .arg(json()),
         )
 }
+
+/// What `gpusq reproduce` leaves, for its help.
+const REPRODUCE_WRITES: &str = "\
+A model whose head is not trained for the task is fine-tuned first, with each seed ([train]); a trained one is
+taken as it is. OUT/report.html has the table and a plot, table.md the table, reproduce.json every single score;
+each run has its own report in OUT/seedN/NAME. The table compares each model with the dense one of the same seed,
+and says whether its mean is below that by more than the spread, the sample standard deviation over the seeds.
+With --resume finished runs are not repeated, and --seeds may name more.";
 
 /// The table whose settings a command takes without the table's name too.
 fn own_table(command: &str) -> Option<&'static str> {
@@ -79,7 +104,7 @@ fn own_table(command: &str) -> Option<&'static str> {
 /// Whether a setting has an effect on a training command.
 fn reads(command: &str, s: &SettingInfo) -> bool {
     match (command, s.table) {
-        (_, "" | "data") => true,
+        (_, "" | "data") | ("reproduce", _) => true,
         ("compress", "prune" | "quantize") | ("compress" | "prune" | "quantize", "distill") => true,
         // Criteria that look at inputs are given the examples of calibration.
         ("prune", "quantize") => s.key == "calibration_examples",
@@ -89,7 +114,12 @@ fn reads(command: &str, s: &SettingInfo) -> bool {
 
 /// A training command.
 fn training(name: &'static str, about: &'static str) -> Command {
-    let mut c = Command::new(name).about(about).args([
+    let command = Command::new(name).about(about);
+    let command = match name {
+        "reproduce" => command.args([experiment(), seeds(), keep_models()]),
+        _ => command.arg(seed()),
+    };
+    let mut c = command.args([
         model(),
         task(),
         data(),
@@ -103,7 +133,7 @@ fn training(name: &'static str, about: &'static str) -> Command {
             .long("preset")
             .value_name("NAME")
             .help("Named settings that the file and flags override"),
-        seed(),
+        device(),
         Arg::new("resume").long("resume").action(ArgAction::SetTrue).help(
             "Continue the interrupted run in --out, with the same command; starts one if there is none",
         ),
@@ -179,6 +209,33 @@ fn seed() -> Arg {
         .help("Seed of everything random [default: 42]")
 }
 
+fn device() -> Arg {
+    Arg::new("device")
+        .long("device")
+        .value_name("DEVICE")
+        .default_value("auto")
+        .help("Where models are trained and run: cpu, cuda, cuda:1, or auto, a GPU if there is one")
+}
+
+fn experiment() -> Arg {
+    Arg::new("experiment").value_name("EXPERIMENT").required(true).help("Which (list below)")
+}
+
+fn seeds() -> Arg {
+    Arg::new("seeds")
+        .long("seeds")
+        .value_name("N,N,...")
+        .default_value("1,2,3")
+        .help("Seeds that everything is repeated with")
+}
+
+fn keep_models() -> Arg {
+    Arg::new("keep-models")
+        .long("keep-models")
+        .action(ArgAction::SetTrue)
+        .help("Keep the compressed models of finished runs too, not only their reports")
+}
+
 fn json() -> Arg {
     Arg::new("json")
         .long("json")
@@ -225,16 +282,60 @@ pub(crate) fn settings(command: &str, m: &ArgMatches) -> Result<Config> {
     if let Some(v) = m.try_get_one::<String>("attention").ok().flatten() {
         overrides.push(("prune.attention".into(), v.clone()));
     }
-    if let Some(v) = m.get_one::<String>("seed") {
+    if let Some(v) = m.try_get_one::<String>("seed").ok().flatten() {
         overrides.push(("seed".into(), v.clone()));
     }
     let file = m.get_one::<PathBuf>("config").map(PathBuf::as_path);
     Config::load(file, m.get_one::<String>("preset").map(String::as_str), &overrides)
 }
 
+/// The numbers of `--seeds`.
+pub(crate) fn chosen_seeds(m: &ArgMatches) -> Result<Vec<u64>> {
+    let text = m.get_one::<String>("seeds").expect("has a default");
+    let mut seeds = Vec::new();
+    for word in text.split(',') {
+        // One that the settings of a run can hold.
+        let seed = word.trim().parse().ok().filter(|n| i64::try_from(*n).is_ok());
+        let wrong = |what: String| {
+            Error::Config(format!(
+                "--seeds {text}: {what}; give whole numbers with commas between, as in 1,2,3"
+            ))
+        };
+        let seed: u64 = seed.ok_or_else(|| wrong(format!("`{word}` is no seed")))?;
+        if seeds.contains(&seed) {
+            return Err(wrong(format!("{seed} is there twice")));
+        }
+        seeds.push(seed);
+    }
+    Ok(seeds)
+}
+
+/// Refuses flags for what `experiment` sets itself. A file may hold such settings, as for other commands.
+pub(crate) fn refuse_settings_of(experiment: &Experiment, m: &ArgMatches) -> Result<()> {
+    let given = |name: &str| m.try_get_one::<String>(name).ok().flatten().is_some();
+    match config::settings().iter().map(SettingInfo::name).find(|name| experiment.sets(name) && given(name)) {
+        None => Ok(()),
+        Some(name) => Err(Error::Config(format!(
+            "--{} has no effect on `gpusq reproduce {}`, which sets it itself for each of its runs; leave it out",
+            name.replace('_', "-"),
+            experiment.name
+        ))),
+    }
+}
+
 /// The folder of `--model`, downloaded if it is a hub name.
 pub(crate) fn model_dir(m: &ArgMatches) -> Result<PathBuf> {
     hub::resolve(m.get_one::<String>("model").expect("required"))
+}
+
+/// The device of `--device`, and why it is the CPU where a GPU was looked for.
+pub(crate) fn device_of(m: &ArgMatches) -> Result<(Device, Option<String>)> {
+    let (device, why) =
+        Device::named(m.get_one::<String>("device").expect("has a default")).map_err(|e| match e {
+            CudaError::Name(_) => Error::Config(e.to_string()),
+            e => Error::Device(e),
+        })?;
+    Ok((device, why.map(|e| format!("no GPU is used: {e}"))))
 }
 
 /// A model's folder, tokenizer and weights.

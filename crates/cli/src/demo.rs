@@ -89,6 +89,10 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
         c.distill.enabled = false;
         c
     };
+    let (device, no_gpu) = args::device_of(m)?;
+    if let Some(why) = no_gpu {
+        progress.say(&format!("note: {why}"), json!({ "event": "note", "text": why }));
+    }
     let run = |config, out| Run {
         config,
         task,
@@ -99,6 +103,7 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
         out,
         resume: false,
         command: args::typed(),
+        device,
     };
     let (dense_dir, with_dir, without_dir) =
         (out.join("dense"), out.join("compressed"), out.join("no-distill"));

@@ -17,6 +17,7 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
     let split: Split = m.get_one::<String>("split").expect("has a default").parse()?;
     // A task that does not exist is found before a model is downloaded.
     m.get_one::<String>("task").map(|name| task(name)).transpose()?;
+    let (device, _) = args::device_of(m)?;
     let dir = args::model_dir(m)?;
     let (model, tokenizer) = args::load_model(&dir)?;
     let name = m.get_one::<String>("task").or(model.task.as_ref()).ok_or_else(|| {
@@ -36,7 +37,7 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
     check_fit(&model, &tokenizer, &[&dataset])?;
     let start = Instant::now();
     let batch = usize::from(*m.get_one::<u16>("batch-size").expect("has a default"));
-    let outputs = predict(&model, &dataset, batch, tokenizer.pad_id(), &mut |_| {})?;
+    let outputs = predict(&model, &dataset, batch, tokenizer.pad_id(), device, &mut |_| {})?;
     let seconds = start.elapsed().as_secs_f64();
     let scores = dataset.score(&outputs);
     let one_class = one_class(&dataset, &outputs);

@@ -6,6 +6,7 @@ mod demo;
 mod eval;
 mod inspect;
 mod progress;
+mod reproduce;
 mod stages;
 
 use std::process::ExitCode;
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
         "eval" => eval::run(m),
         "inspect" => inspect::run(m),
         "demo" => demo::run(m),
+        "reproduce" => reproduce::run(m),
         other => unreachable!("command {other} has no code"),
     };
     let Err(error) = done else { return all_printed() };

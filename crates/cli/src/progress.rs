@@ -43,6 +43,11 @@ impl Progress {
         }
     }
 
+    /// Something the user should know before a run starts.
+    pub(crate) fn note(&mut self, text: &str) {
+        self.say(&format!("note: {text}"), json!({ "event": "note", "text": text }));
+    }
+
     pub(crate) fn preflight(&mut self, p: &Preflight) {
         let maps: usize = p.compressed.iter().map(|(_, n)| n).sum();
         let share = 100.0 * p.compressed_parameters as f64 / p.parameters as f64;
@@ -52,11 +57,12 @@ impl Progress {
         };
         let mut text = format!(
             "{} parameters{compresses}; {} to train on, {} to score; \
-             longest {} tokens\nneeds about {} of memory and {} of disk",
+             longest {} tokens\nruns on {} and needs about {} of its memory and {} of disk",
             grouped(p.parameters as u64),
             counted(p.examples.0, p.windows.0),
             counted(p.examples.1, p.windows.1),
             p.longest,
+            p.device,
             bytes(p.memory),
             bytes(p.disk)
         );

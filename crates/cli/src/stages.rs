@@ -10,36 +10,52 @@ use gpusq::model::{Model, Stage};
 use gpusq::outdir::{self, Held};
 use gpusq::preflight::preflight;
 use gpusq::task::{Dataset, Scores, Split, Task, Tokenizer, task};
+use gpusq::tensor::Device;
 use gpusq::{Error, Result, report};
 use serde_json::json;
 
 use crate::args;
 use crate::progress::Progress;
 
+/// What a training command needs of the model's head.
+#[derive(PartialEq)]
+pub(crate) enum Head {
+    /// It must be trained for the task already.
+    Trained,
+    /// It gets one for the task, unless it has one that fits.
+    New,
+    /// It stays as it is; the command looks at it itself.
+    Either,
+}
+
 /// What every training command reads before it starts.
-struct Start {
+pub(crate) struct Start {
     command: &'static str,
     config: Config,
-    task: &'static Task,
-    model_dir: PathBuf,
-    model: Model,
+    pub(crate) task: &'static Task,
+    pub(crate) model_dir: PathBuf,
+    pub(crate) model: Model,
     tokenizer: Tokenizer,
     train: Dataset,
     dev: Dataset,
-    out: PathBuf,
+    pub(crate) out: PathBuf,
     resume: bool,
+    device: Device,
+    /// Why the device is the CPU where a GPU was looked for.
+    no_gpu: Option<String>,
     progress: Progress,
 }
 
 impl Start {
-    /// `command` starts from a model of stage `from`; `trained` says that its head must be trained already.
-    fn read(command: &'static str, from: Stage, trained: bool, m: &ArgMatches) -> Result<Start> {
+    /// `command` starts from a model of stage `from` with such a `head`.
+    pub(crate) fn read(command: &'static str, from: Stage, head: Head, m: &ArgMatches) -> Result<Start> {
         let config = args::settings(command, m)?;
         let task = task(m.get_one::<String>("task").expect("required"))?;
         let out = m.get_one::<PathBuf>("out").expect("required").clone();
         let data = m.get_one::<PathBuf>("data").expect("required");
         let resume = m.get_flag("resume");
         outdir::check(&out, resume)?;
+        let (device, no_gpu) = args::device_of(m)?;
         let model_dir = args::model_dir(m)?;
         let (mut model, tokenizer) = args::load_model(&model_dir)?;
         if model.stage != from {
@@ -56,22 +72,33 @@ impl Start {
             );
             return Err(Error::Mismatch(message));
         }
-        if trained {
-            args::need_trained_head(&model, &model_dir, task)?;
-        } else {
-            model.set_head(task.head, config.seed)?;
-            if !task.labels.is_empty() {
-                model.set_labels(task.labels);
-            }
+        match head {
+            Head::Trained => args::need_trained_head(&model, &model_dir, task)?,
+            Head::New => model.set_task(task, config.seed)?,
+            Head::Either => {}
         }
         args::check_length(m, &config, &model)?;
         let load = |split| args::load_data(task, data, split, &tokenizer, config.data.max_length, &model);
         let (train, dev) = (load(Split::Train)?, load(Split::Dev)?);
         let progress = Progress::new(m.get_flag("json"));
-        Ok(Start { command, config, task, model_dir, model, tokenizer, train, dev, out, resume, progress })
+        Ok(Start {
+            command,
+            config,
+            task,
+            model_dir,
+            model,
+            tokenizer,
+            train,
+            dev,
+            out,
+            resume,
+            device,
+            no_gpu,
+            progress,
+        })
     }
 
-    fn run(&self) -> Run<'_> {
+    pub(crate) fn run(&self) -> Run<'_> {
         Run {
             config: &self.config,
             task: self.task,
@@ -82,6 +109,7 @@ impl Start {
             out: &self.out,
             resume: self.resume,
             command: args::typed(),
+            device: self.device,
         }
     }
 
@@ -96,6 +124,7 @@ impl Start {
             teacher,
             stages,
             self.command != "finetune",
+            self.device,
             &self.out,
         )?;
         let held = self.run().open(self.command, &self.model)?;
@@ -118,33 +147,29 @@ impl Start {
             return Ok(None);
         }
         self.progress.preflight(&p);
-        for note in self.train.notes.iter().chain(&self.dev.notes) {
-            self.progress.say(&format!("note: {note}"), json!({ "event": "note", "text": note }));
+        for note in self.notes() {
+            self.progress.note(&note);
         }
         Ok(Some(held))
     }
 
     /// The folders that the command leaves models in.
     fn models(&self) -> Vec<PathBuf> {
-        let within = |names: &[&str]| names.iter().map(|name| self.out.join(name)).collect();
         match self.command {
-            "compress" => within(&["pruned", "packed-fp16", "quantized", "packed"]),
+            "compress" => compress::MODELS.map(|name| self.out.join(name)).to_vec(),
             "quantize" => vec![self.out.clone(), self.out.join("packed")],
             _ => vec![self.out.clone()],
         }
     }
 
+    /// What the user should know of the data and the device.
+    pub(crate) fn notes(&self) -> Vec<String> {
+        self.train.notes.iter().chain(&self.dev.notes).chain(&self.no_gpu).cloned().collect()
+    }
+
     /// The report of a command that ran one stage.
     fn report(&mut self, trained: &Trained, stage: &str, sizes: Option<report::Sizes>) -> Result<()> {
-        let run = self.run();
-        let mut record = run.record(&trained.model)?;
-        record.main_metric = trained.scores.0[0].0.clone();
-        record.stages.push(run.scored(stage, &trained.scores, trained.one_class, trained.seconds));
-        record.curves.push(compress::curve(stage, &trained.curve));
-        record.layers = compress::layers(&trained.model);
-        record.sizes = sizes;
-        record.wall_seconds = run.seconds()?;
-        run.finish(&record)?;
+        self.run().report(trained, stage, sizes)?;
         self.wrote(&self.out.clone())
     }
 
@@ -157,7 +182,7 @@ impl Start {
 }
 
 pub(crate) fn finetune(m: &ArgMatches) -> Result<()> {
-    let mut s = Start::read("finetune", Stage::Dense, false, m)?;
+    let mut s = Start::read("finetune", Stage::Dense, Head::New, m)?;
     let Some(_held) = s.open(s.config.train.fit.batch_size, false, 1)? else { return Ok(()) };
     let mut progress = std::mem::replace(&mut s.progress, Progress::new(m.get_flag("json")));
     let trained = s.run().finetune(&s.model, &s.out, &mut |e| progress.show(e))?;
@@ -165,7 +190,7 @@ pub(crate) fn finetune(m: &ArgMatches) -> Result<()> {
 }
 
 pub(crate) fn prune(m: &ArgMatches) -> Result<()> {
-    let mut s = Start::read("prune", Stage::Dense, true, m)?;
+    let mut s = Start::read("prune", Stage::Dense, Head::Trained, m)?;
     let opened = s.open(s.config.prune.fit.batch_size, s.config.distill.enabled, 1)?;
     let Some(_held) = opened else { return Ok(()) };
     let mut progress = std::mem::replace(&mut s.progress, Progress::new(m.get_flag("json")));
@@ -174,7 +199,7 @@ pub(crate) fn prune(m: &ArgMatches) -> Result<()> {
 }
 
 pub(crate) fn quantize(m: &ArgMatches) -> Result<()> {
-    let mut s = Start::read("quantize", Stage::Pruned, true, m)?;
+    let mut s = Start::read("quantize", Stage::Pruned, Head::Trained, m)?;
     let opened = s.open(s.config.quantize.fit.batch_size, s.config.distill.enabled, 1)?;
     let Some(_held) = opened else { return Ok(()) };
     let mut progress = std::mem::replace(&mut s.progress, Progress::new(m.get_flag("json")));
@@ -192,7 +217,7 @@ pub(crate) fn quantize(m: &ArgMatches) -> Result<()> {
 }
 
 pub(crate) fn compress(m: &ArgMatches) -> Result<()> {
-    let mut s = Start::read("compress", Stage::Dense, true, m)?;
+    let mut s = Start::read("compress", Stage::Dense, Head::Trained, m)?;
     let batch = s.config.prune.fit.batch_size.max(s.config.quantize.fit.batch_size);
     let Some(_held) = s.open(batch, s.config.distill.enabled, 4)? else { return Ok(()) };
     let mut progress = std::mem::replace(&mut s.progress, Progress::new(m.get_flag("json")));

@@ -16,8 +16,8 @@ use gpusq::engine::Engine;
 use gpusq::forward::{Bound, Inputs, TapSet, Tokens, forward};
 use gpusq::model::Model;
 use gpusq::quant::{Calibration, calibrate};
-use gpusq::tensor::Tape;
 use gpusq::tensor::ops::masked::MaskGradient;
+use gpusq::tensor::{Device, Tape};
 
 const CONFIG: &str = r#"{"model_type": "bert", "architectures": ["BertForSequenceClassification"],
     "vocab_size": 30522, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
@@ -38,14 +38,15 @@ fn inputs(batch: usize, length: usize) -> Inputs {
 
 fn quantised(dense: &Model) -> Model {
     let mut model = dense.clone();
-    prune_weights(&mut model, &config::Config::default().prune, &[]).expect("the model is dense");
+    prune_weights(&mut model, &config::Config::default().prune, &[], Device::Cpu)
+        .expect("the model is dense");
     let how = Calibration {
         weights: Method::Absmax,
         activations: Method::Percentile,
         percentile: 99.9,
         outputs: Vec::new(),
     };
-    calibrate(&mut model, &[inputs(2, 64)], &how);
+    calibrate(&mut model, &[inputs(2, 64)], &how, Device::Cpu).expect("a CPU does not fail");
     model
 }
 

@@ -12,6 +12,7 @@ use gpusq::distill::{Mix, Targets};
 use gpusq::forward::{Inputs, Tokens};
 use gpusq::model::Model;
 use gpusq::sparsity::Pattern;
+use gpusq::tensor::Device;
 use gpusq::train::batch::Batch;
 use gpusq::train::{Recipe, Stepper};
 
@@ -43,6 +44,7 @@ fn step(c: &mut Criterion) {
             seed: 1,
             checkpoint: None,
             pad: 0,
+            device: Device::Cpu,
         };
         let stepper = Stepper::new(&student, &how).unwrap();
         let mut moments = BTreeMap::new();

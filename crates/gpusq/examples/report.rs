@@ -54,7 +54,7 @@ fn example() -> RunRecord {
         variant: "GEMM-MHA, attention 2:4".into(),
         started: "2026-03-14T09:26:53Z".into(),
         wall_seconds: 5127.4,
-        machine: Machine::current(2),
+        machine: Machine::current(2, "CPU"),
         version: format!("gpusq {}", env!("CARGO_PKG_VERSION")),
         command: "gpusq compress --model minilm-sst2 --task sst2 --data glue/SST-2 --out run --seed 1".into(),
         stages: vec![

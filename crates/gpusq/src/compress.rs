@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use gpusq_tensor::ops::masked::MaskGradient;
-use gpusq_tensor::{Tape, Tensor};
+use gpusq_tensor::{Device, Tape, Tensor};
 
 use crate::config::{self, Config, Site};
 use crate::distill::Mix;
@@ -29,6 +29,7 @@ use crate::{Error, Result};
 use times::Times;
 
 /// What a run works with.
+#[derive(Clone)]
 pub struct Run<'a> {
     /// Settings.
     pub config: &'a Config,
@@ -48,6 +49,8 @@ pub struct Run<'a> {
     pub resume: bool,
     /// The command line, for the report.
     pub command: String,
+    /// Where models other than packed ones are trained and run.
+    pub device: Device,
 }
 
 /// What a run tells whoever watches.
@@ -78,15 +81,22 @@ pub enum Event<'a> {
 pub type Watch<'w> = dyn FnMut(Event) + 'w;
 
 const STATE_FILE: &str = "train.safetensors";
+/// The models that [`Run::compress`] leaves in its output folder, in the order they are made.
+pub const MODELS: [&str; 4] = ["pruned", "packed-fp16", "quantized", "packed"];
 /// Batch size of evaluation: large enough to fill the machine, small enough for its memory.
 const EVAL_BATCH: usize = 32;
 
 /// Gives every compressible weight of a dense model its mask: pruning without training. `samples` are
-/// needed by criteria that look at inputs.
+/// needed by criteria that look at inputs, on `device`.
 ///
 /// # Errors
-/// A model that is not dense, an unknown criterion.
-pub fn prune_weights(model: &mut Model, settings: &config::Prune, samples: &[Inputs]) -> Result<()> {
+/// A model that is not dense, an unknown criterion, what a GPU meets.
+pub fn prune_weights(
+    model: &mut Model,
+    settings: &config::Prune,
+    samples: &[Inputs],
+    device: Device,
+) -> Result<()> {
     if model.stage != Stage::Dense {
         return Err(Error::Mismatch(format!(
             "the model is {} already; pruning starts from a dense one",
@@ -100,16 +110,17 @@ pub fn prune_weights(model: &mut Model, settings: &config::Prune, samples: &[Inp
     let mut stats: BTreeMap<String, InputStats> = BTreeMap::new();
     if entry.needs_inputs {
         let tape = Tape::inference();
-        let bound = Bound::new(&tape, &model.params, MaskGradient::Kept);
+        let bound = Bound::new(&tape, &model.params.to(device), MaskGradient::Kept);
         let want = TapSet { linears: true, ..TapSet::default() };
         let read: BTreeSet<String> = model.spec.linears().into_iter().map(|l| l.input).collect();
         for inputs in samples {
             let taps = forward(&tape, &model.spec, &bound, None, inputs, want).taps;
             for (name, v) in taps.iter().filter(|(name, _)| read.contains(*name)) {
-                let t = unpadded(v.value(), inputs.tokens.mask.as_deref());
+                let t = unpadded(&v.value().to(Device::Cpu), inputs.tokens.mask.as_deref());
                 stats.entry(name.clone()).or_insert_with(|| InputStats::new(t.width())).add(&t);
             }
         }
+        device.check()?;
     }
     for l in model.spec.linears().iter().filter(|l| compressible(l).is_none()) {
         let name = format!("{}.weight", l.name);
@@ -217,7 +228,7 @@ impl Run<'_> {
     /// # Errors
     /// What the engine says of a packed model it cannot run.
     pub fn score(&self, model: &Model, name: &str, watch: &mut Watch) -> Result<(Scores, bool)> {
-        let outputs = predict(model, self.dev, EVAL_BATCH, self.pad(), &mut |_| {})?;
+        let outputs = predict(model, self.dev, EVAL_BATCH, self.pad(), self.device, &mut |_| {})?;
         let scores = self.dev.score(&outputs);
         watch(Event::Scored { name, scores: &scores });
         let one_class = one_class(self.dev, &outputs);
@@ -366,7 +377,7 @@ impl Run<'_> {
         };
         let start = &mut || {
             let mut model = dense.clone();
-            prune_weights(&mut model, p, &self.samples())?;
+            prune_weights(&mut model, p, &self.samples(), self.device)?;
             Ok(model)
         };
         self.stage("2:4", dir, start, recipe, watch)
@@ -391,7 +402,7 @@ impl Run<'_> {
         };
         let start = &mut || {
             let mut model = pruned.clone();
-            quant::calibrate(&mut model, &self.samples(), &calibration(q));
+            quant::calibrate(&mut model, &self.samples(), &calibration(q), self.device)?;
             Ok(model)
         };
         self.stage("2:4 INT8", dir, start, recipe, watch)
@@ -408,6 +419,7 @@ impl Run<'_> {
             seed: self.config.seed,
             checkpoint: None,
             pad: self.pad(),
+            device: self.device,
         }
     }
 
@@ -443,15 +455,14 @@ impl Run<'_> {
         record.main_metric = scores.0[0].0.clone();
         record.stages.push(self.scored("dense", &scores, one_class, seconds));
 
-        let pruned = self.prune(dense, &self.out.join("pruned"), watch)?;
-        let (_, scores, one_class, seconds) =
-            self.pack(&pruned.model, &self.out.join("packed-fp16"), watch)?;
+        let [pruned, packed_fp16, quantized, packed_int8] = MODELS.map(|name| self.out.join(name));
+        let pruned = self.prune(dense, &pruned, watch)?;
+        let (_, scores, one_class, seconds) = self.pack(&pruned.model, &packed_fp16, watch)?;
         record.stages.push(self.scored("2:4 FP16", &scores, one_class, seconds));
         record.curves.push(curve("prune", &pruned.curve));
 
-        let quantized = self.quantize(&pruned.model, &self.out.join("quantized"), watch)?;
-        let (packed, scores, one_class, seconds) =
-            self.pack(&quantized.model, &self.out.join("packed"), watch)?;
+        let quantized = self.quantize(&pruned.model, &quantized, watch)?;
+        let (packed, scores, one_class, seconds) = self.pack(&quantized.model, &packed_int8, watch)?;
         if scores != quantized.scores {
             let note =
                 format!("the packed model scores {scores}, the fake-quantised one {}", quantized.scores);
@@ -462,11 +473,44 @@ impl Run<'_> {
         record.curves.push(curve("quantise", &quantized.curve));
 
         record.layers = layers(&quantized.model);
-        let file = self.out.join("packed").join(PACKED_FILE);
-        record.sizes = Some(sizes(&packed, &file)?);
+        record.sizes = Some(sizes(&packed, &packed_int8.join(PACKED_FILE))?);
         record.wall_seconds = self.seconds()?;
         self.finish(&record)?;
         Ok(record)
+    }
+
+    /// Ends a run of one stage, which made `trained`: its record, called `stage` in it, written as the report.
+    ///
+    /// # Errors
+    /// What writing meets.
+    pub fn report(&self, trained: &Trained, stage: &str, sizes: Option<report::Sizes>) -> Result<RunRecord> {
+        let mut record = self.record(&trained.model)?;
+        record.main_metric = trained.scores.0[0].0.clone();
+        record.stages.push(self.scored(stage, &trained.scores, trained.one_class, trained.seconds));
+        record.curves.push(curve(stage, &trained.curve));
+        record.layers = layers(&trained.model);
+        record.sizes = sizes;
+        record.wall_seconds = self.seconds()?;
+        self.finish(&record)?;
+        Ok(record)
+    }
+
+    /// Removes the models that a finished [`Run::compress`] left in `out`. Its report stays, and with it the run
+    /// is still known as finished. Leaves an unfinished run alone.
+    ///
+    /// # Errors
+    /// What removing meets.
+    pub fn discard_models(&self) -> Result<()> {
+        if !self.out.join(report::RECORD_FILE).exists() {
+            return Ok(());
+        }
+        for folder in MODELS.map(|name| self.out.join(name)) {
+            match std::fs::remove_dir_all(&folder) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(&folder)(e)),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// A record with what is known before the first stage.
@@ -488,7 +532,7 @@ impl Run<'_> {
                 _ => variant(model.attention, &self.config.distill),
             },
             started: Times::of(self.out)?.started,
-            machine: report::Machine::current(rayon::current_num_threads()),
+            machine: report::Machine::current(rayon::current_num_threads(), &self.device.to_string()),
             version: env!("CARGO_PKG_VERSION").into(),
             command: self.command.clone(),
             config: self.config.to_toml(),

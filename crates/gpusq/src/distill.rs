@@ -7,7 +7,7 @@ use gpusq_tensor::ops::kl_divergence::kl_divergence;
 use gpusq_tensor::ops::mse::mse;
 use gpusq_tensor::ops::select::select_column;
 use gpusq_tensor::ops::weighted_sum::weighted_sum;
-use gpusq_tensor::{Tape, Tensor, Var};
+use gpusq_tensor::{Device, Tape, Tensor, Var};
 
 use crate::forward::{Output, TapSet, Tokens};
 
@@ -56,12 +56,26 @@ pub enum Targets {
     Tokens(Vec<i32>),
 }
 
-/// A loss with the values of its terms (unweighted).
+/// A loss with its unweighted terms, on the model's device.
 pub struct Loss {
     /// The weighted sum, to differentiate.
     pub total: Var,
-    /// Its terms.
-    pub terms: Terms,
+    hard: Option<Tensor>,
+    soft: Option<Tensor>,
+    feature: Option<Tensor>,
+}
+
+impl Loss {
+    /// The values. Waits for a GPU.
+    pub fn terms(&self) -> Terms {
+        let value = |term: &Option<Tensor>| term.as_ref().map_or(0.0, Tensor::item);
+        Terms {
+            total: self.total.value().item(),
+            hard: value(&self.hard),
+            soft: value(&self.soft),
+            feature: value(&self.feature),
+        }
+    }
 }
 
 /// Values of the loss and its unweighted terms; a term that is not used is 0.
@@ -88,7 +102,8 @@ fn predictions(tape: &Tape, logits: &Var, targets: &Targets, tokens: &Tokens) ->
             // Padding is no answer: far below every logit it has no share in a softmax, whatever a
             // sequence's neighbours in the batch are.
             let far = mask.iter().map(|&m| if m { 0.0 } else { -1e9 }).collect();
-            let far = tape.constant(Tensor::from_f32(far, &[tokens.batch, tokens.length]));
+            let far = Tensor::from_f32(far, &[tokens.batch, tokens.length]);
+            let far = tape.constant(far.to(logits.value().device()));
             columns.iter().map(|c| add(tape, c, &far)).collect()
         }
         _ => vec![logits.clone()],
@@ -100,7 +115,10 @@ pub fn hard_loss(tape: &Tape, logits: &Var, targets: &Targets, tokens: &Tokens) 
     let p = predictions(tape, logits, targets, tokens);
     match targets {
         Targets::Classes(labels) | Targets::Tokens(labels) => cross_entropy(tape, &p[0], labels),
-        Targets::Values(values) => mse(tape, &p[0], &Tensor::from_f32(values.clone(), p[0].shape()), None),
+        Targets::Values(values) => {
+            let values = Tensor::from_f32(values.clone(), p[0].shape()).to(p[0].value().device());
+            mse(tape, &p[0], &values, None)
+        }
         Targets::Spans { start, end } => {
             let (s, e) = (cross_entropy(tape, &p[0], start), cross_entropy(tape, &p[1], end));
             weighted_sum(tape, &[(0.5, s), (0.5, e)])
@@ -111,6 +129,11 @@ pub fn hard_loss(tape: &Tape, logits: &Var, targets: &Targets, tokens: &Tokens) 
 /// `targets` with the teacher's argmax where a label is missing.
 fn filled(targets: &Targets, teacher: &[Tensor]) -> Targets {
     let fill = |labels: &[i32], logits: &Tensor| -> Vec<i32> {
+        // Only then are the teacher's logits waited for.
+        if labels.iter().all(|&l| l >= 0) {
+            return labels.to_vec();
+        }
+        let logits = logits.to(Device::Cpu);
         labels
             .iter()
             .zip(logits.f32().chunks_exact(logits.width()))
@@ -119,9 +142,12 @@ fn filled(targets: &Targets, teacher: &[Tensor]) -> Targets {
     };
     match targets {
         Targets::Classes(l) => Targets::Classes(fill(l, &teacher[0])),
-        Targets::Values(v) => Targets::Values(
-            v.iter().zip(teacher[0].f32()).map(|(v, t)| if v.is_nan() { *t } else { *v }).collect(),
-        ),
+        Targets::Values(v) if v.iter().any(|v| v.is_nan()) => {
+            let theirs = teacher[0].to(Device::Cpu);
+            let pairs = v.iter().zip(theirs.f32());
+            Targets::Values(pairs.map(|(v, t)| if v.is_nan() { *t } else { *v }).collect())
+        }
+        Targets::Values(v) => Targets::Values(v.clone()),
         Targets::Spans { start, end } => {
             Targets::Spans { start: fill(start, &teacher[0]), end: fill(end, &teacher[1]) }
         }
@@ -160,10 +186,10 @@ pub fn loss(
         None => targets,
     };
     let mut weighted = Vec::new();
-    let mut terms = Terms::default();
+    let [mut hard_term, mut soft_term, mut feature_term] = [const { None }; 3];
     if mix.alpha != 0.0 || teacher.is_none() {
         let hard = hard_loss(tape, &student.logits, targets, tokens);
-        terms.hard = hard.value().item();
+        hard_term = Some(hard.value().clone());
         weighted.push((mix.alpha, hard));
     }
     if let (Some(teacher), Some(logits)) = (teacher, teacher_predictions) {
@@ -187,18 +213,17 @@ pub fn loss(
                 })
                 .collect();
             let soft = weighted_sum(tape, &parts);
-            terms.soft = soft.value().item();
+            soft_term = Some(soft.value().clone());
             weighted.push((mix.beta, soft));
         }
         if mix.gamma != 0.0 {
             let feature = feature_loss(tape, student, teacher, tokens);
-            terms.feature = feature.value().item();
+            feature_term = Some(feature.value().clone());
             weighted.push((mix.gamma, feature));
         }
     }
     let total = weighted_sum(tape, &weighted);
-    terms.total = total.value().item();
-    Loss { total, terms }
+    Loss { total, hard: hard_term, soft: soft_term, feature: feature_term }
 }
 
 /// Sum over tapped features of their mean squared error, plus that of the final projection.
@@ -256,7 +281,7 @@ mod tests {
         let soft = (p * (p / 0.5).ln() + (1.0 - p) * ((1.0 - p) / 0.5).ln()) / 2.0;
         // Block: (1 - 3)^2 on unpadded rows; logits: one of four differs by 2.
         let feature = 4.0 + 1.0;
-        for (got, want) in [(l.terms.hard, hard), (l.terms.soft, soft), (l.terms.feature, feature)] {
+        for (got, want) in [(l.terms().hard, hard), (l.terms().soft, soft), (l.terms().feature, feature)] {
             assert!((got as f64 - want).abs() < 1e-6, "{got} {want}");
         }
         let total = hard + 10.0 * soft + feature;
@@ -269,8 +294,8 @@ mod tests {
         let tape = Tape::recording();
         let student = output(&tape, vec![1.0, 0.0, 0.0, 1.0], &[2, 2], 0.0);
         let l = loss(&tape, &Mix::HARD, &student, None, &Targets::Classes(vec![0, 1]), &tokens());
-        assert_eq!((l.terms.soft, l.terms.feature), (0.0, 0.0));
-        assert_eq!(l.terms.total, l.terms.hard);
+        assert_eq!((l.terms().soft, l.terms().feature), (0.0, 0.0));
+        assert_eq!(l.terms().total, l.terms().hard);
     }
 
     #[test]
@@ -289,7 +314,7 @@ mod tests {
             let tokens = Tokens { batch: 1, length, ids: vec![0; length], types: vec![], mask };
             let targets = Targets::Spans { start: vec![0], end: vec![1] };
             let mix = Mix { alpha: 1.0, beta: 1.0, gamma: 0.0, temperature: 2.0, attention_features: false };
-            loss(&tape, &mix, &student, Some(&teacher), &targets, &tokens).terms
+            loss(&tape, &mix, &student, Some(&teacher), &targets, &tokens).terms()
         };
         let (alone, padded) = (of(2, None, 0.0), of(3, Some(vec![true, true, false]), 7.0));
         assert!(

@@ -44,6 +44,9 @@ pub enum Error {
     /// A setting is unknown or out of range.
     #[error("{}", line(.0))]
     Config(String),
+    /// A GPU cannot be used, or stopped working.
+    #[error("{}", line(.0))]
+    Device(#[from] gpusq_tensor::cuda::CudaError),
     /// Two inputs that are each fine do not fit together (model and task, vocabulary and tokenizer).
     #[error("{}", line(.0))]
     Mismatch(String),

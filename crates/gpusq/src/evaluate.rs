@@ -1,7 +1,7 @@
 //! Outputs of a model of any stage for a data set.
 
 use gpusq_tensor::ops::masked::MaskGradient;
-use gpusq_tensor::{Tape, Tensor};
+use gpusq_tensor::{Device, Tape, Tensor};
 
 use crate::engine::Engine;
 use crate::forward::{Bound, TapSet, forward};
@@ -15,16 +15,17 @@ use crate::{Error, Result};
 type Run<'a> = Box<dyn Fn(&Inputs) -> Result<Tensor> + 'a>;
 
 /// Logits of each example of `data`, in the layout [`Dataset::score`] takes: by the engine for a packed
-/// model, by the training forward for the others. Examples are batched by length, `batch` at a time; `watch`
+/// model, by the training forward on `device` for the others. Examples are batched by length, `batch` at a time; `watch`
 /// is told how many are done.
 ///
 /// # Errors
-/// What the engine says of a packed model it cannot run; outputs that are not finite, which have no score.
+/// What the engine says of a packed model it cannot run, or a GPU meets; outputs that are not finite, which have no score.
 pub fn predict(
     model: &Model,
     data: &Dataset,
     batch: usize,
     pad: u32,
+    device: Device,
     watch: &mut dyn FnMut(usize),
 ) -> Result<Vec<Vec<f32>>> {
     let run: Run = if model.stage.packed() {
@@ -32,10 +33,12 @@ pub fn predict(
         Box::new(move |inputs| engine.run(inputs))
     } else {
         let tape = Tape::inference();
-        let bound = Bound::new(&tape, &model.params, MaskGradient::Kept);
+        let bound = Bound::new(&tape, &model.params.to(device), MaskGradient::Kept);
         Box::new(move |inputs| {
             let out = forward(&tape, &model.spec, &bound, model.attention, inputs, TapSet::default());
-            Ok(out.logits.value().clone())
+            let logits = out.logits.value().to(Device::Cpu);
+            device.check()?;
+            Ok(logits)
         })
     };
     let mut outputs = vec![Vec::new(); data.examples.len()];

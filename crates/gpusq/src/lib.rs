@@ -18,6 +18,7 @@ pub mod params;
 pub mod preflight;
 pub mod quant;
 pub mod report;
+pub mod reproduce;
 pub mod sparsity;
 pub mod spec;
 pub mod task;

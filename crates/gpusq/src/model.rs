@@ -19,7 +19,7 @@ use crate::format::safetensors::{Checkpoint, check_finite, write_checksummed};
 use crate::params::{Params, Weight};
 use crate::sparsity::Pattern;
 use crate::spec::{Head, Linear, TransformerSpec, is_step_size};
-use crate::task::HeadKind;
+use crate::task::{HeadKind, Task};
 use crate::{Error, Result, textfile};
 
 /// What has been done to a model.
@@ -219,6 +219,18 @@ impl Model {
             fresh: Vec::new(),
             unused: Vec::new(),
         })
+    }
+
+    /// Prepares a dense model to be trained on `task`: a head, as [`Model::set_head`] makes it, and its labels.
+    ///
+    /// # Errors
+    /// As [`Model::set_head`].
+    pub fn set_task(&mut self, task: &Task, seed: u64) -> Result<()> {
+        self.set_head(task.head, seed)?;
+        if !task.labels.is_empty() {
+            self.set_labels(task.labels);
+        }
+        Ok(())
     }
 
     /// Names the classifier's outputs, in their order.

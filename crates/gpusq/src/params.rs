@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use gpusq_tensor::Tensor;
+use gpusq_tensor::{Device, Tensor};
 
 /// How one weight is held. Each compression stage moves a GEMM weight one variant down.
 #[derive(Clone, Debug, PartialEq)]
@@ -55,6 +55,21 @@ impl Params {
     /// No weights.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// The same weights on `device`. Packed ones stay in host memory, which the engine reads.
+    pub fn to(&self, device: Device) -> Self {
+        let moved = |w: &Weight| match w {
+            Weight::Dense(t) => Weight::Dense(t.to(device)),
+            Weight::Masked { value, mask } => {
+                Weight::Masked { value: value.to(device), mask: mask.to(device) }
+            }
+            Weight::Fake { value, mask, scale } => {
+                Weight::Fake { value: value.to(device), mask: mask.to(device), scale: scale.to(device) }
+            }
+            Weight::Packed(p) => Weight::Packed(p.clone()),
+        };
+        Params { map: self.map.iter().map(|(name, w)| (name.clone(), moved(w))).collect() }
     }
 
     /// Adds or replaces a weight.

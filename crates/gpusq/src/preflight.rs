@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use gpusq_tensor::Device;
 use serde::Serialize;
 
 use crate::arch;
@@ -32,7 +33,9 @@ pub struct Preflight {
     pub windows: (usize, usize),
     /// Longest example in tokens.
     pub longest: usize,
-    /// Bytes of memory that training will need, estimated.
+    /// Where it will be trained: `CPU`, or a GPU with its name.
+    pub device: String,
+    /// Bytes of that device's memory that training will need, estimated.
     pub memory: u64,
     /// Bytes of disk the output will need.
     pub disk: u64,
@@ -41,7 +44,7 @@ pub struct Preflight {
 }
 
 /// Checks that `model` can be trained on `train` with batches of `batch`, under a teacher or not, for
-/// `stages` stages into `out`; `compresses` says that they compress.
+/// `stages` stages on `device` into `out`; `compresses` says that they compress.
 ///
 /// # Errors
 /// [`Error::Mismatch`] if tokenizer or examples do not fit the model, [`Error::Tensor`] if a weight
@@ -56,6 +59,7 @@ pub fn preflight(
     teacher: bool,
     stages: u64,
     compresses: bool,
+    device: Device,
     out: &Path,
 ) -> Result<Preflight> {
     check_fit(model, tokenizer, &[train, dev])?;
@@ -93,9 +97,13 @@ pub fn preflight(
     if !model.fresh.is_empty() {
         warnings.push(format!("new weights, to be trained: {}", model.fresh.join(", ")));
     }
-    if let Some(have) = physical_memory().filter(|have| *have < memory) {
+    let have = match device {
+        Device::Cpu => physical_memory(),
+        Device::Cuda(gpu) => Some(gpu.memory()),
+    };
+    if let Some(have) = have.filter(|have| *have < memory) {
         warnings.push(format!(
-            "training may need {} of memory and the machine has {}; lower batch_size or max_length",
+            "training may need {} of memory and {device} has {}; lower batch_size or max_length",
             bytes(memory),
             bytes(have)
         ));
@@ -116,6 +124,7 @@ pub fn preflight(
         examples: (train.count, dev.count),
         windows: (train.examples.len(), dev.examples.len()),
         longest,
+        device: device.to_string(),
         memory,
         disk,
         warnings,

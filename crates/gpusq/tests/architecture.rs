@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use gpusq::arch::ARCHS;
 use gpusq::config::{Config, PRESETS, settings};
+use gpusq::reproduce::EXPERIMENTS;
 use gpusq::sparsity::CRITERIA;
 use gpusq::task::TASKS;
 
@@ -21,6 +22,7 @@ const LAYERS: &[&[&str]] = &[
     &["train"],
     &["evaluate", "preflight"],
     &["compress"],
+    &["reproduce"],
 ];
 
 /// What `lib.rs` gives every module: not modules of their own.
@@ -197,10 +199,11 @@ fn only_the_program_prints() {
 
 #[test]
 fn tables_have_unique_documented_names() {
-    let tables: [(&str, Vec<(&str, &str)>); 4] = [
+    let tables: [(&str, Vec<(&str, &str)>); 5] = [
         ("ARCHS", ARCHS.iter().map(|a| (a.name, a.doc)).collect()),
         ("TASKS", TASKS.iter().map(|t| (t.name, t.about)).collect()),
         ("CRITERIA", CRITERIA.iter().map(|c| (c.name, c.doc)).collect()),
+        ("EXPERIMENTS", EXPERIMENTS.iter().map(|e| (e.name, e.about)).collect()),
         ("PRESETS", PRESETS.iter().map(|p| (p.name, p.doc)).collect()),
     ];
     for (table, rows) in tables {

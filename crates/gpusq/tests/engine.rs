@@ -16,7 +16,7 @@ use gpusq::task::HeadKind;
 use gpusq::tensor::ops::activation::Activation;
 use gpusq::tensor::ops::lsq::code;
 use gpusq::tensor::ops::masked::MaskGradient;
-use gpusq::tensor::{Tape, Tensor, normal};
+use gpusq::tensor::{Device, Tape, Tensor, normal};
 use proptest::prelude::*;
 
 const BERT: &str = r#"{"model_type": "bert", "vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 2,
@@ -131,7 +131,7 @@ fn quantise(model: &mut Model, samples: &[Inputs], outputs: bool) {
     // Clipping must be met as well as rounding.
     let how =
         Calibration { weights: Method::Mse, activations: Method::Percentile, percentile: 99.0, outputs };
-    calibrate(model, samples, &how);
+    calibrate(model, samples, &how, Device::Cpu).unwrap();
     round_dense(&mut model.params).unwrap();
 }
 

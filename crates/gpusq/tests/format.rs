@@ -15,7 +15,7 @@ use gpusq::model::Model;
 use gpusq::params::{Params, Weight};
 use gpusq::quant::calibrate;
 use gpusq::task::{Example, HeadKind, Target};
-use gpusq::tensor::{Tensor, f16};
+use gpusq::tensor::{Device, Tensor, f16};
 use gpusq::train::batch::collate;
 
 type Tensors = Vec<(String, Tensor)>;
@@ -452,11 +452,12 @@ fn rule_25_what_is_stored_must_be_of_the_stage() {
     let mut dense = Model::random(config, 3).unwrap();
     dense.set_head(HeadKind::Classes(2), 3).unwrap();
     let mut pruned = dense.clone();
-    prune_weights(&mut pruned, &Config::default().prune, &[]).unwrap();
+    prune_weights(&mut pruned, &Config::default().prune, &[], Device::Cpu).unwrap();
     let mut quantized = pruned.clone();
     let example = Example { ids: vec![2, 7, 9, 3], types: vec![0; 4], target: Target::Class(0) };
     let batch = collate(&[example], &[0], HeadKind::Classes(2), 0);
-    calibrate(&mut quantized, &[batch.inputs], &calibration(&Config::default().quantize));
+    calibrate(&mut quantized, &[batch.inputs], &calibration(&Config::default().quantize), Device::Cpu)
+        .unwrap();
 
     let (half, int8) = (pruned.packed().unwrap(), quantized.packed().unwrap());
     let weight = "encoder.0.attn.q.weight";

@@ -13,7 +13,7 @@ use gpusq::forward::{Bound, Inputs, Output, TapSet, Tokens, forward};
 use gpusq::model::Model;
 use gpusq::spec::Head;
 use gpusq::tensor::ops::masked::MaskGradient;
-use gpusq::tensor::{Tape, Tensor};
+use gpusq::tensor::{Device, Tape, Tensor};
 
 fn cases() -> Vec<PathBuf> {
     let root = std::env::var_os("GPUSQ_GOLDEN_DIR").map_or_else(
@@ -78,7 +78,7 @@ fn hidden(
             _ if i == layers => format!("{stack}.last"),
             _ => format!("{stack}.{}", i - 1),
         };
-        let (want, got) = (g.tensor(&name).unwrap(), out.taps[&tap].value().clone());
+        let (want, got) = (g.tensor(&name).unwrap(), out.taps[&tap].value().to(Device::Cpu));
         let keep = |t: &Tensor| -> Vec<f32> {
             t.f32()
                 .chunks(t.width())
@@ -91,8 +91,8 @@ fn hidden(
     }
 }
 
-fn run(dir: &Path) {
-    let case = dir.file_name().unwrap().to_string_lossy().into_owned();
+fn run(dir: &Path, device: Device) {
+    let case = format!("{} on {device}", dir.file_name().unwrap().to_string_lossy());
     let model = Model::load(dir).unwrap();
     assert!(model.fresh.is_empty(), "{case}: {:?} not in the checkpoint", model.fresh);
     assert!(model.unused.is_empty(), "{case}: {:?} not used", model.unused);
@@ -102,7 +102,7 @@ fn run(dir: &Path) {
         target: tokens(&g, "in.decoder_input_ids", "in.decoder_attention_mask"),
     };
     let tape = Tape::recording();
-    let bound = Bound::new(&tape, &model.params, MaskGradient::Kept);
+    let bound = Bound::new(&tape, &model.params.to(device), MaskGradient::Kept);
     let want = TapSet { blocks: true, ..TapSet::default() };
     let out = forward(&tape, &model.spec, &bound, None, &inputs, want);
 
@@ -117,7 +117,7 @@ fn run(dir: &Path) {
         let mask = if stack == "encoder" { inputs.tokens.mask.as_deref() } else { mask };
         hidden(&case, &g, prefix, stack, s.layers, &out, mask);
     }
-    let logits = out.logits.value();
+    let logits = out.logits.value().to(Device::Cpu);
     match &model.spec.head {
         Head::Span => {
             for (i, name) in ["out.start_logits", "out.end_logits"].into_iter().enumerate() {
@@ -163,7 +163,7 @@ fn run(dir: &Path) {
 
     let mut grads = tape.backward(&loss);
     let ours = bound.gradients(&mut grads);
-    let theirs = model.to_checkpoint(&|name| ours.get(name).map(|(g, _)| g.clone()));
+    let theirs = model.to_checkpoint(&|name| ours.get(name).map(|(g, _)| g.to(Device::Cpu)));
     let mut compared = BTreeSet::new();
     for name in g.names().filter_map(|n| n.strip_prefix("grad.")) {
         let want = g.tensor(&format!("grad.{name}")).unwrap();
@@ -186,9 +186,14 @@ fn run(dir: &Path) {
 
 #[test]
 fn golden_forward_and_gradients() {
-    let cases = cases();
+    let (cases, devices) = (cases(), Device::all());
+    let missing = devices.len() == 1 && std::env::var_os("GPUSQ_NEED_GPU").is_some();
+    assert!(!missing, "GPUSQ_NEED_GPU is set: {:?}", Device::named("cuda").err());
     for dir in &cases {
-        run(dir);
+        for &device in &devices {
+            run(dir, device);
+            device.check().unwrap();
+        }
     }
     println!("{} golden cases", cases.len());
 }

@@ -4,14 +4,15 @@
 use std::path::Path;
 
 use gpusq::arch::Config as ModelConfig;
-use gpusq::compress::{calibration, prune_weights};
+use gpusq::compress::{Run, calibration, prune_weights};
 use gpusq::config::{Config, Fit};
 use gpusq::distill::Mix;
 use gpusq::forward::Inputs;
 use gpusq::model::{Model, Stage};
 use gpusq::params::Weight;
 use gpusq::quant::calibrate;
-use gpusq::task::{Dataset, Example, HeadKind, Scores, Split, Target};
+use gpusq::task::{Dataset, Example, HeadKind, Scores, Split, Target, Tokenizer, task};
+use gpusq::tensor::Device;
 use gpusq::train::batch::collate;
 use gpusq::train::{Event, Recipe, State, fit};
 
@@ -58,6 +59,7 @@ fn recipe<'a>(fit: &'a Fit, mix: Mix, teacher: Option<&'a Model>) -> Recipe<'a> 
         seed: 5,
         checkpoint: None,
         pad: 0,
+        device: Device::Cpu,
     }
 }
 
@@ -73,7 +75,7 @@ fn pruned(from: &Model, d: &Dataset, criterion: &str) -> Model {
     c.set("prune.criterion", criterion).unwrap();
     c.set("prune.attention", "2:4").unwrap();
     let mut m = from.clone();
-    prune_weights(&mut m, &c.prune, &samples(d)).unwrap();
+    prune_weights(&mut m, &c.prune, &samples(d), Device::Cpu).unwrap();
     m
 }
 
@@ -112,7 +114,7 @@ fn all_stages_learn_and_keep_their_constraints() {
     }
 
     let mut quantized = sparse.clone();
-    calibrate(&mut quantized, &samples(&d), &calibration(&Config::default().quantize));
+    calibrate(&mut quantized, &samples(&d), &calibration(&Config::default().quantize), Device::Cpu).unwrap();
     let rows = gpusq::compress::layers(&quantized);
     assert_eq!(rows.len(), before.len());
     assert!(rows.iter().all(|r| r.weight_error > 0.0 && r.weight_error < 0.02 && r.kept == 0.5), "{rows:?}");
@@ -137,7 +139,7 @@ fn wanda_sees_no_padding() {
         let mut c = Config::default();
         c.set("prune.criterion", "wanda").unwrap();
         let mut m = dense();
-        prune_weights(&mut m, &c.prune, samples).unwrap();
+        prune_weights(&mut m, &c.prune, samples, Device::Cpu).unwrap();
         // The first block's inputs are embeddings, whose bits do not depend on what else is in the batch.
         match m.params.get("encoder.0.attn.q.weight") {
             Some(Weight::Masked { mask, .. }) => mask.clone(),
@@ -169,7 +171,7 @@ fn a_resumed_run_has_the_bits_of_an_uninterrupted_one() {
     let teacher = dense();
     let mut stages = vec![(dense(), Mix::HARD, None), (pruned(&teacher, &d, "wanda"), MIX, Some(&teacher))];
     let mut quantized = pruned(&teacher, &d, "magnitude");
-    calibrate(&mut quantized, &samples(&d), &calibration(&Config::default().quantize));
+    calibrate(&mut quantized, &samples(&d), &calibration(&Config::default().quantize), Device::Cpu).unwrap();
     stages.push((quantized, MIX, Some(&teacher)));
     for (start, mix, teacher) in stages {
         let saving = Recipe { checkpoint: Some((file.clone(), 10)), ..recipe(&f, mix, teacher) };
@@ -193,7 +195,7 @@ fn masks_move_only_where_asked() {
     let mut c = Config::default();
     c.set("prune.mask_update_every", "4").unwrap();
     let mut m = teacher.clone();
-    prune_weights(&mut m, &c.prune, &[]).unwrap();
+    prune_weights(&mut m, &c.prune, &[], Device::Cpu).unwrap();
     let mask = |m: &Model| match m.params.get("encoder.0.ffn.in.weight") {
         Some(Weight::Masked { mask, .. }) => mask.clone(),
         _ => panic!("not masked"),
@@ -239,4 +241,71 @@ fn a_loss_that_is_not_finite_is_an_error_with_advice() {
     m.params.insert("embed.word", Weight::Dense(poisoned));
     let e = message(1.0, &mut m);
     assert!(e.contains("step 1,") && e.contains("config.json") && !e.contains("learning rate"), "{e}");
+}
+
+#[test]
+fn models_are_discarded_of_finished_runs_only() {
+    let out = tempfile::tempdir().unwrap();
+    let (config, d, tokenizer) = (
+        Config::default(),
+        data(),
+        Tokenizer::word_piece(&["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]).unwrap(),
+    );
+    let run = Run {
+        config: &config,
+        task: task("sst2").unwrap(),
+        train: &d,
+        dev: &d,
+        tokenizer: &tokenizer,
+        tokenizer_dir: None,
+        out: out.path(),
+        resume: true,
+        command: String::new(),
+        device: Device::Cpu,
+    };
+    let models = ["pruned", "packed-fp16", "quantized", "packed"].map(|name| out.path().join(name));
+    let other = out.path().join("mine");
+    for folder in models.iter().chain([&other]) {
+        std::fs::create_dir(folder).unwrap();
+        std::fs::write(folder.join("model.safetensors"), "x").unwrap();
+    }
+    run.discard_models().unwrap();
+    assert!(models.iter().all(|m| m.exists()), "the run may go on from them");
+    std::fs::write(out.path().join("run.json"), "{}").unwrap();
+    run.discard_models().unwrap();
+    assert!(models.iter().all(|m| !m.exists()));
+    assert!(other.join("model.safetensors").exists());
+    // Again, where they are gone already.
+    run.discard_models().unwrap();
+}
+
+/// 50 steps of every stage: the loss curves of all devices are the CPU's to 1e-3 of the loss.
+#[test]
+fn every_device_has_the_cpus_loss_curve() {
+    let devices = Device::all();
+    let missing = devices.len() == 1 && std::env::var_os("GPUSQ_NEED_GPU").is_some();
+    assert!(!missing, "GPUSQ_NEED_GPU is set: {:?}", Device::named("cuda").err());
+    let (d, f) = (data(), Fit { max_steps: Some(50), log_every: 1, ..settings(100, 1e-3) });
+    let teacher = dense();
+    let sparse = pruned(&teacher, &d, "magnitude");
+    let mut quantized = sparse.clone();
+    calibrate(&mut quantized, &samples(&d), &calibration(&Config::default().quantize), Device::Cpu).unwrap();
+    for (start, mix, teacher) in
+        [(&teacher, Mix::HARD, None), (&sparse, MIX, Some(&teacher)), (&quantized, MIX, Some(&sparse))]
+    {
+        let curve = |device| {
+            let how = Recipe { device, ..recipe(&f, mix, teacher) };
+            let report = fit(&mut start.clone(), &d, &how, State::default(), &mut |_| {}).unwrap();
+            report.curve.iter().map(|p| p.terms.total).collect::<Vec<f32>>()
+        };
+        let want = curve(Device::Cpu);
+        assert!(want[49] < want[0]);
+        for &device in &devices[1..] {
+            for (step, (got, want)) in curve(device).iter().zip(&want).enumerate() {
+                let message = format!("{device}, {:?}, step {step}: {got}, CPU {want}", start.stage);
+                assert!((got - want).abs() <= 1e-3 * want.abs().max(1.0), "{message}");
+            }
+            println!("{device}: {:?}: 50 losses agree", start.stage);
+        }
+    }
 }

@@ -13,6 +13,6 @@ mod tensor;
 pub mod ops;
 
 pub use half::{bf16, f16};
-pub use optim::{AdamW, Moments, normal, square_sum};
+pub use optim::{AdamW, Moments, Slot, Update, normal};
 pub use tape::{Grads, Tape, Var};
 pub use tensor::{DType, Device, Tensor};

@@ -613,3 +613,21 @@ fn the_command_line_explains_itself() {
         assert_eq!(done.code, Some(code), "{args:?}: {}", done.stderr);
     }
 }
+
+#[test]
+fn a_device_that_is_not_there_is_refused_and_not_replaced() {
+    let inputs = Inputs::of("finetune", &model());
+    let with = |device: &str| {
+        let mut args = inputs.args.clone();
+        args.extend(["--device".into(), device.into()]);
+        run(&args)
+    };
+    let done = with("gpu");
+    let known = done.stderr.contains("unknown device `gpu`; use auto, cpu, cuda or cuda:N");
+    assert!(done.code == Some(2) && known, "{}", done.stderr);
+    // No machine has this many.
+    let done = with("cuda:63");
+    let named = ["libcuda.so", "NVRTC", "GPU 63"].iter().any(|part| done.stderr.contains(part));
+    assert!(done.code == Some(1) && named, "{}", done.stderr);
+    assert!(!inputs.path("out").exists());
+}

@@ -3,5 +3,6 @@
 mod bad_input;
 mod hub;
 mod interruption;
+mod reproduce;
 mod stages;
 mod tiny;

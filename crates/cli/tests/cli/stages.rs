@@ -5,6 +5,7 @@ use std::path::Path;
 use gpusq::evaluate::predict;
 use gpusq::model::Model;
 use gpusq::task::{Split, Tokenizer, task};
+use gpusq::tensor::Device;
 use serde_json::Value;
 
 use crate::tiny::{compressed, data, dense, model, run, start, train, tree};
@@ -52,7 +53,7 @@ fn every_stage_is_scored_and_the_packed_model_answers_as_the_quantised_one() {
     let logits = |dir: &Path| {
         let (model, tokenizer) = (Model::load(dir).unwrap(), Tokenizer::load(dir).unwrap());
         let dev = task("sst2").unwrap().load(&data(), Split::Dev, &tokenizer, 32).unwrap();
-        predict(&model, &dev, 7, tokenizer.pad_id(), &mut |_| {}).unwrap()
+        predict(&model, &dev, 7, tokenizer.pad_id(), Device::Cpu, &mut |_| {}).unwrap()
     };
     assert_eq!(logits(&folders[3]), logits(&folders[4]), "logits to the last bit");
 }
@@ -118,7 +119,7 @@ fn a_run_that_compresses_nothing_says_nothing_of_it() {
         args.extend(["--max-steps", "1"].map(String::from));
         let done = run(&args);
         assert_eq!(done.code, Some(0), "{}", done.stderr);
-        let units = |text: &str| text.contains("B of memory and ") && !text.contains("iB");
+        let units = |text: &str| text.contains("B of its memory and ") && !text.contains("iB");
         assert!(units(&done.stdout), "the report's units: {}", done.stdout);
         said.push(done.stdout.contains("to compress") && done.stdout.contains("compresses: "));
         assert_eq!(done.stdout.contains("compress"), command == "prune", "{}", done.stdout);

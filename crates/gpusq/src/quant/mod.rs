@@ -7,9 +7,10 @@ use std::collections::BTreeMap;
 
 use gpusq_tensor::ops::lsq::{QMAX, code};
 use gpusq_tensor::ops::masked::MaskGradient;
-use gpusq_tensor::{Tape, Tensor};
+use gpusq_tensor::{Device, Tape, Tensor};
 use rayon::prelude::*;
 
+use crate::Result;
 use crate::config::Method;
 use crate::forward::{Bound, Inputs, TapSet, forward};
 use crate::model::{Model, Stage, apply};
@@ -81,16 +82,19 @@ pub struct Calibration {
 }
 
 /// Turns a pruned model into a fake-quantised one: step sizes of weights from their values, of activations
-/// from a forward over `samples`.
-pub fn calibrate(model: &mut Model, samples: &[Inputs], how: &Calibration) {
+/// from a forward over `samples` on `device`.
+///
+/// # Errors
+/// What a GPU meets; the model is unchanged then.
+pub fn calibrate(model: &mut Model, samples: &[Inputs], how: &Calibration, device: Device) -> Result<()> {
     let mut seen: BTreeMap<String, Histogram> = BTreeMap::new();
     let tape = Tape::inference();
-    let bound = Bound::new(&tape, &model.params, MaskGradient::Kept);
+    let bound = Bound::new(&tape, &model.params.to(device), MaskGradient::Kept);
     let want = TapSet { linears: true, ..TapSet::default() };
     for inputs in samples {
         let out = forward(&tape, &model.spec, &bound, model.attention, inputs, want);
         for (name, v) in &out.taps {
-            let t = v.value();
+            let t = v.value().to(Device::Cpu);
             let mask = inputs.tokens.mask.as_ref().filter(|m| m.len() == t.rows());
             let h = seen.entry(name.clone()).or_default();
             for (r, row) in t.f32().chunks_exact(t.width()).enumerate() {
@@ -102,6 +106,7 @@ pub fn calibrate(model: &mut Model, samples: &[Inputs], how: &Calibration) {
         }
     }
     drop(bound);
+    device.check()?;
     for l in model.spec.linears() {
         let name = format!("{}.weight", l.name);
         let Some(Weight::Masked { .. }) = model.params.get(&name) else { continue };
@@ -119,6 +124,7 @@ pub fn calibrate(model: &mut Model, samples: &[Inputs], how: &Calibration) {
         }
     }
     model.stage = Stage::Quantized;
+    Ok(())
 }
 
 /// Root mean square of the quantisation error of `value` over its own root mean square.

@@ -15,6 +15,7 @@ macro_rules! put {
         let _ = write!($out, $($arg)*);
     }};
 }
+pub(super) use put;
 
 /// `text` made safe inside elements and quoted attributes. Control characters, which neither HTML nor XML
 /// allows, become the replacement character.
@@ -41,9 +42,8 @@ fn dotted(name: &str) -> String {
     escape(name).replace('.', ".<wbr/>")
 }
 
-/// The document for `r`.
-pub(super) fn page(r: &RunRecord) -> String {
-    let title = if r.title.is_empty() { "Compression run" } else { &r.title };
+/// A document called `title`, with the HTML that `body` appends to it.
+pub(super) fn document(title: &str, body: impl FnOnce(&mut String)) -> String {
     let mut out = String::new();
     // The policy makes sure that nothing is ever fetched or run, whatever the record holds.
     put!(
@@ -54,16 +54,23 @@ pub(super) fn page(r: &RunRecord) -> String {
          <title>{0}</title><style>{STYLE}</style></head>\n<body><main><h1>{0}</h1>",
         escape(title)
     );
-    summary(&mut out, r);
-    scores(&mut out, r);
-    losses(&mut out, r);
-    layers(&mut out, r);
-    if let Some(sizes) = &r.sizes {
-        sizes_section(&mut out, sizes);
-    }
-    run(&mut out, r);
+    body(&mut out);
     out.push_str("</main></body></html>\n");
     out
+}
+
+/// The document for `r`.
+pub(super) fn page(r: &RunRecord) -> String {
+    document(if r.title.is_empty() { "Compression run" } else { &r.title }, |out| {
+        summary(out, r);
+        scores(out, r);
+        losses(out, r);
+        layers(out, r);
+        if let Some(sizes) = &r.sizes {
+            sizes_section(out, sizes);
+        }
+        run(out, r);
+    })
 }
 
 /// The first screen: what was compressed, whether it held, the scores side by side, the size.
@@ -73,12 +80,7 @@ fn summary(out: &mut String, r: &RunRecord) {
     put!(out, "<p class=\"muted\">{}</p>", facts.join(" · "));
 
     let (outcome, text) = r.verdict();
-    let class = match outcome {
-        Outcome::Held => "good",
-        Outcome::Lost => "bad",
-        Outcome::Unknown => "",
-    };
-    put!(out, "<p class=\"verdict {class}\">{}", escape(&text));
+    put!(out, "<p class=\"verdict {}\">{}", outcome.class(), escape(&text));
     let links: Vec<&str> = [
         (!r.curves.is_empty(), "<a href=\"#losses\">losses by term</a>"),
         (!r.layers.is_empty(), "<a href=\"#layers\">error by weight</a>"),
@@ -388,7 +390,7 @@ fn sizes_section(out: &mut String, s: &Sizes) {
 }
 
 /// What is needed to repeat the run.
-fn run(out: &mut String, r: &RunRecord) {
+pub(super) fn run(out: &mut String, r: &RunRecord) {
     out.push_str("<h2 id=\"run\">This run</h2><dl>");
     let threads = if r.machine.threads == 0 { String::new() } else { format!("{}", r.machine.threads) };
     let facts = [
@@ -396,6 +398,7 @@ fn run(out: &mut String, r: &RunRecord) {
         ("Duration", if r.wall_seconds > 0.0 { duration(r.wall_seconds) } else { String::new() }),
         ("CPU", r.machine.cpu.clone()),
         ("Threads", threads),
+        ("Trained on", r.machine.device.clone()),
         ("System", r.machine.os.clone()),
         ("Version", r.version.clone()),
     ];
@@ -415,14 +418,14 @@ fn run(out: &mut String, r: &RunRecord) {
 }
 
 /// Begins a table that scrolls inside its own box. `head` is HTML.
-fn open_table(out: &mut String, label: &str, head: &str) {
+pub(super) fn open_table(out: &mut String, label: &str, head: &str) {
     put!(
         out,
         "<div class=\"scroll\" tabindex=\"0\" role=\"region\" aria-label=\"{label}\"><table><thead><tr>{head}</tr></thead><tbody>"
     );
 }
 
-fn close_table(out: &mut String) {
+pub(super) fn close_table(out: &mut String) {
     out.push_str("</tbody></table></div>");
 }
 
@@ -488,7 +491,7 @@ mod tests {
             variant: s(),
             started: s(),
             wall_seconds: 3725.0,
-            machine: Machine { cpu: s(), threads: 2, os: s() },
+            machine: Machine { cpu: s(), threads: 2, os: s(), device: s() },
             version: s(),
             command: s(),
             stages: vec![stage(s(), 90.0), stage(s(), 87.0), stage(s(), 86.5)],

@@ -4,6 +4,7 @@
 //! with its styles and plots inside, no script, nothing fetched. [`read`] takes a `run.json` back, so that
 //! a page can be made again without the run.
 
+mod comparison;
 mod html;
 mod plot;
 
@@ -11,6 +12,10 @@ use std::io::Write as _;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+
+pub use comparison::{
+    COMPARISON_FILE, Comparison, Measured, Row, SeedRun, Summary, TABLE_FILE, write_comparison,
+};
 
 use crate::{Error, Result};
 
@@ -72,12 +77,14 @@ pub struct Machine {
     pub threads: usize,
     /// Operating system.
     pub os: String,
+    /// What the models were trained on: `CPU`, or a GPU with its name.
+    pub device: String,
 }
 
 impl Machine {
-    /// This computer, with `threads` as the number used. What the system does not tell is replaced by the
+    /// This computer, with `threads` as the number used and `device` as what models were trained on. What the system does not tell is replaced by the
     /// names of the processor family and system the program was built for.
-    pub fn current(threads: usize) -> Self {
+    pub fn current(threads: usize, device: &str) -> Self {
         let field = |path: &str, key: &str| {
             let text = std::fs::read_to_string(path).ok()?;
             let value = text.lines().find_map(|line| line.strip_prefix(key))?;
@@ -85,7 +92,7 @@ impl Machine {
         };
         let cpu = field("/proc/cpuinfo", "model name").unwrap_or_else(|| std::env::consts::ARCH.into());
         let os = field("/etc/os-release", "PRETTY_NAME").unwrap_or_else(|| std::env::consts::OS.into());
-        Machine { cpu, threads, os }
+        Machine { cpu, threads, os, device: device.into() }
     }
 }
 
@@ -210,14 +217,28 @@ pub struct Ablation {
 }
 
 /// Whether compression kept the dense model's main score.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Outcome {
     /// There are no two scores to compare.
+    #[default]
     Unknown,
-    /// Within one point (one percent where lower is better) of dense, or better.
+    /// One run: within one point (one percent where lower is better) of dense, or better. Runs with several
+    /// seeds: not below dense by more than their spread.
     Held,
     /// Worse than that.
     Lost,
+}
+
+impl Outcome {
+    /// The style sheet's class for it.
+    fn class(self) -> &'static str {
+        match self {
+            Outcome::Held => "good",
+            Outcome::Lost => "bad",
+            Outcome::Unknown => "",
+        }
+    }
 }
 
 impl RunRecord {
@@ -354,19 +375,23 @@ pub fn render(record: &RunRecord) -> String {
 
 /// File of the run record in an output folder; written last, so that a run that has it is finished.
 pub const RECORD_FILE: &str = "run.json";
-
-/// File of the page beside it.
+/// The page beside it.
 pub const PAGE_FILE: &str = "report.html";
 
 /// Writes `run.json` and `report.html` into the folder `dir`, which is made if need be. Both are complete
 /// on disk before either takes its name: running out of space leaves earlier files as they were and no others.
 pub fn write(record: &RunRecord, dir: impl AsRef<Path>) -> Result<()> {
     let dir = dir.as_ref();
-    let json_path = dir.join(RECORD_FILE);
-    let json = serde_json::to_vec(record).map_err(|e| Error::file(&json_path, e.to_string()))?;
+    let json = serde_json::to_vec(record).map_err(|e| Error::file(dir.join(RECORD_FILE), e.to_string()))?;
+    write_together(dir, [(PAGE_FILE, render(record).into_bytes()), (RECORD_FILE, json)])
+}
+
+/// Writes files into the folder `dir` as [`write()`] says, in this order.
+fn write_together<const N: usize>(dir: &Path, files: [(&str, Vec<u8>); N]) -> Result<()> {
     std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
     let mut staged = Vec::new();
-    for (path, content) in [(dir.join(PAGE_FILE), render(record).into_bytes()), (json_path, json)] {
+    for (name, content) in files {
+        let path = dir.join(name);
         let mut builder = tempfile::Builder::new();
         builder.prefix(".report-").suffix(".tmp");
         // Temporary files are private by default; these are ordinary ones, limited by the umask.
@@ -554,7 +579,7 @@ mod tests {
         let dir = folder.path().join("new/run");
         let mut record = scored(&[91.2, 1.0 / 3.0, 1e-300]);
         record.sizes = Some(Sizes { dense_fp16_bits: u64::MAX, ..Sizes::default() });
-        record.machine = Machine::current(2);
+        record.machine = Machine::current(2, "CPU");
         record.curves =
             vec![Curve { stage: "ü \"<".into(), points: vec![Point { loss: 0.1, ..Point::default() }] }];
         record.layers = vec![LayerRow { left_dense: Some("odd".into()), ..LayerRow::default() }];

@@ -161,6 +161,95 @@ pub(super) fn plot(label: &str, lines: &[Line], scale: Scale, height: f64) -> Pl
     Plot { svg, log: y_axis.log, smoothed, last }
 }
 
+/// Scores of one model over several seeds, as a row of [`dots`].
+pub(super) struct Mark {
+    /// Chooses the colour.
+    pub(super) class: &'static str,
+    pub(super) points: Vec<f64>,
+    pub(super) mean: f64,
+    /// Half the length of the bar around the mean; not drawn where it is not finite.
+    pub(super) spread: f64,
+}
+
+/// Height of a group's label and of each of its marks in [`dots`].
+const LABEL: f64 = 18.0;
+const MARK: f64 = 15.0;
+/// Room beside the values of [`dots`], for half a tick's label.
+const SIDE: f64 = 18.0;
+
+/// Draws groups of marks below each other, each group under its name, over one axis of values. `reference` is
+/// what all are compared to: a line with its spread as a band. `label`, plain text, is what a screen reader says.
+pub(super) fn dots(label: &str, reference: &Mark, groups: &[(&str, Vec<Mark>)]) -> String {
+    let all = || std::iter::once(reference).chain(groups.iter().flat_map(|(_, marks)| marks));
+    let ends = |m: &Mark| [m.mean - m.spread, m.mean, m.mean + m.spread];
+    let values = all().flat_map(|m| ends(m).into_iter().chain(m.points.iter().copied()));
+    let values: Vec<f64> = values.filter(|x| x.is_finite()).collect();
+    let axis = Axis::new(values.iter().copied(), Scale::Tight, 5);
+    let px = |x: f64| SIDE + axis.place(x) * (WIDTH - 2.0 * SIDE);
+    let rows: f64 = groups.iter().map(|(_, marks)| LABEL + MARK * marks.len() as f64 + 6.0).sum();
+    let (bottom, height) = (TOP + rows, TOP + rows + BOTTOM);
+
+    let mut svg = format!(
+        "<svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" aria-label=\"{}\">",
+        super::html::escape(label)
+    );
+    if reference.spread.is_finite() && reference.mean.is_finite() {
+        let [low, _, high] = ends(reference).map(px);
+        let _ = write!(
+            svg,
+            "<rect class=\"band\" x=\"{low:.1}\" y=\"{TOP}\" width=\"{:.1}\" height=\"{rows}\"/>",
+            high - low
+        );
+    }
+    for (tick, text) in &axis.ticks {
+        let x = px(*tick);
+        let _ = write!(svg, "<path class=\"grid\" d=\"M{x:.1} {TOP}V{}\"/>", bottom + 4.0);
+        let y = bottom + 18.0;
+        let _ = write!(svg, "<text x=\"{x:.1}\" y=\"{y}\" text-anchor=\"middle\">{text}</text>");
+    }
+    if reference.mean.is_finite() {
+        let x = px(reference.mean);
+        let _ = write!(svg, "<path class=\"line {}\" d=\"M{x:.1} {TOP}V{bottom}\"/>", reference.class);
+    }
+    let mut y = TOP;
+    for (name, marks) in groups {
+        let _ = write!(
+            svg,
+            "<text class=\"name\" x=\"2\" y=\"{}\">{}</text>",
+            y + 13.0,
+            super::html::escape(name)
+        );
+        y += LABEL;
+        for m in marks {
+            let at = y + MARK / 2.0;
+            if m.mean.is_finite() && m.spread.is_finite() {
+                let [low, _, high] = ends(m).map(px);
+                let _ = write!(svg, "<path class=\"line {}\" d=\"M{low:.1} {at}H{high:.1}\"/>", m.class);
+            }
+            for x in m.points.iter().filter(|x| x.is_finite()) {
+                let _ = write!(
+                    svg,
+                    "<circle class=\"one {}\" cx=\"{:.1}\" cy=\"{at}\" r=\"2\"/>",
+                    m.class,
+                    px(*x)
+                );
+            }
+            if m.mean.is_finite() {
+                let _ = write!(
+                    svg,
+                    "<circle class=\"{}\" cx=\"{:.1}\" cy=\"{at}\" r=\"4\"/>",
+                    m.class,
+                    px(m.mean)
+                );
+            }
+            y += MARK;
+        }
+        y += 6.0;
+    }
+    svg.push_str("</svg>");
+    svg
+}
+
 /// The points that fall into one column of the drawing.
 #[derive(Clone, Copy)]
 struct Column {
@@ -381,6 +470,38 @@ mod tests {
         for (x, text) in cases {
             assert_eq!(short(x), text);
         }
+    }
+
+    #[test]
+    fn dots_stand_at_their_values_and_gaps_stay_empty() {
+        let mark =
+            |mean, spread, points: &[f64]| Mark { class: "series0", points: points.to_vec(), mean, spread };
+        let dense = Mark { class: "loss", ..mark(90.0, 1.0, &[]) };
+        let groups = [
+            ("one", vec![mark(85.0, 5.0, &[80.0, 90.0]), mark(82.5, f64::NAN, &[82.5])]),
+            ("a < b", vec![mark(f64::NAN, f64::NAN, &[f64::NAN])]),
+        ];
+        let svg = dots("label", &dense, &groups);
+        let doc = roxmltree::Document::parse(&svg).expect("well-formed");
+        let all = |tag: &str, class: &str, name: &str| -> Vec<String> {
+            let of = doc.descendants().filter(|n| n.has_tag_name(tag) && n.attribute("class") == Some(class));
+            of.map(|n| n.attribute(name).unwrap().to_string()).collect()
+        };
+        // The axis goes from 80 to 91 over 324 units.
+        let at = |x: f64| format!("{:.1}", 18.0 + 324.0 * (x - 80.0) / 11.0);
+        assert_eq!(all("circle", "series0", "cx"), [at(85.0), at(82.5)]);
+        assert_eq!(all("circle", "one series0", "cx"), [at(80.0), at(90.0), at(82.5)]);
+        assert_eq!(all("path", "line series0", "d"), [format!("M{} 35.5H{}", at(80.0), at(90.0))]);
+        assert_eq!(all("path", "line loss", "d"), [format!("M{} 10V103", at(90.0))]);
+        assert_eq!(all("rect", "band", "x"), [at(89.0)]);
+        let names: Vec<&str> = doc
+            .descendants()
+            .filter(|n| n.attribute("class") == Some("name"))
+            .filter_map(|n| n.text())
+            .collect();
+        assert_eq!(names, ["one", "a < b"]);
+        assert!(!svg.contains("NaN"));
+        assert!(!dots("label", &mark(f64::NAN, f64::NAN, &[]), &[]).contains("NaN"));
     }
 
     proptest! {

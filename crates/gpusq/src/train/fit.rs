@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use gpusq_tensor::ops::masked::MaskGradient;
-use gpusq_tensor::{AdamW, Moments, Tape, square_sum};
+use gpusq_tensor::{AdamW, Device, Moments, Slot, Tape, Tensor, Update};
 use serde::{Deserialize, Serialize};
 
 use super::batch::{Batch, collate, shuffled};
@@ -40,6 +40,8 @@ pub struct Recipe<'a> {
     pub checkpoint: Option<(PathBuf, usize)>,
     /// Padding id for batches.
     pub pad: u32,
+    /// Where it computes.
+    pub device: Device,
 }
 
 /// One point of the loss curve: means over the steps since the last point.
@@ -146,16 +148,17 @@ impl<'a> Stepper<'a> {
             .map(|e| e.ours)
             .collect();
         let quiet = Tape::inference();
-        let teacher = how.teacher.map(|t| (t, Bound::new(&quiet, &t.params, MaskGradient::Kept)));
+        let teacher =
+            how.teacher.map(|t| (t, Bound::new(&quiet, &t.params.to(how.device), MaskGradient::Kept)));
         let gradient = if how.mask_update_every > 0 { MaskGradient::All } else { MaskGradient::Kept };
         Ok(Stepper { how, spec, frozen, quiet, teacher, gradient })
     }
 
     /// Step number `step` (from 0) on `batch` at learning rate `lr`: teacher and student forward, loss,
-    /// backward, clipping, AdamW.
+    /// backward, clipping, AdamW. The student's weights and moments are on the recipe's device.
     ///
     /// # Errors
-    /// A loss that is not finite; the weights are untouched then.
+    /// A loss or gradient that is not finite, and the weights are untouched then; what the GPU meets.
     pub fn step(
         &self,
         student: &mut Model,
@@ -174,77 +177,103 @@ impl<'a> Stepper<'a> {
         let bound = Bound::new(&tape, &student.params, self.gradient);
         let out = forward(&tape, &self.spec, &bound, student.attention, &batch.inputs, taps);
         let l = loss(&tape, &how.mix, &out, taught.as_ref(), &batch.targets, tokens);
-        let terms = l.terms;
-        if !terms.total.is_finite() && step == 0 {
+        let mut grads = tape.backward(&l.total);
+        let gradients = bound.gradients(&mut grads);
+        // Weights are updated in place once nothing else holds them.
+        drop((bound, out, grads));
+        let adam = AdamW {
+            learning_rate: lr as f32,
+            beta1: o.beta1 as f32,
+            beta2: o.beta2 as f32,
+            eps: o.eps as f32,
+            step: step as u32 + 1,
+            max_norm: o.max_grad_norm.map(|max| max as f32),
+        };
+        let mut slots = self.slots(student, moments, &gradients, lr);
+        let norm = adam.step(l.total.value(), &mut slots).item();
+        let terms = l.terms();
+        how.device.check()?;
+        if terms.total.is_finite() && norm.is_finite() {
+            return Ok(terms);
+        }
+        let what = if terms.total.is_finite() {
+            format!("the gradient's norm is {norm}")
+        } else {
+            format!("the loss is {}", terms.total)
+        };
+        if step == 0 {
             let message = format!(
-                "the loss is {} at step 1, before any weight was trained: the model's own outputs are not finite; \
-                 check its config.json and weights, or copy it again",
-                terms.total
+                "{what} at step 1, before any weight was trained: the model's own outputs are not finite or far too \
+                 large; check its config.json and weights, or copy it again"
             );
             return Err(Error::file(
                 student.config.path().parent().unwrap_or(student.config.path()),
                 message,
             ));
         }
-        if !terms.total.is_finite() {
-            return Err(Error::Mismatch(format!(
-                "the loss is {} at step {}; lower the learning rate (now {}) or raise the warm-up{}",
-                terms.total,
-                step + 1,
-                o.learning_rate,
-                if how.checkpoint.is_some() { "; the last saved state is kept" } else { "" }
-            )));
-        }
-        let mut grads = tape.backward(&l.total);
-        let gradients = bound.gradients(&mut grads);
-        // Weights are updated in place once nothing else holds them.
-        drop((bound, out, l, grads));
+        Err(Error::Mismatch(format!(
+            "{what} at step {}; lower the learning rate (now {}) or raise the warm-up{}",
+            step + 1,
+            o.learning_rate,
+            if how.checkpoint.is_some() { "; the last saved state is kept" } else { "" }
+        )))
+    }
 
-        let weights = gradients.iter().filter(|(n, _)| !is_step_size(n) && !self.frozen.contains(*n));
-        let norm = weights.map(|(_, (g, _))| square_sum(g)).sum::<f64>().sqrt();
-        let clip = o.max_grad_norm.filter(|max| norm > *max).map_or(1.0, |max| max / norm);
-        let adam = AdamW {
-            learning_rate: lr as f32,
-            beta1: o.beta1 as f32,
-            beta2: o.beta2 as f32,
-            eps: o.eps as f32,
-            weight_decay: 0.0,
-            step: step as u32 + 1,
-            clip: clip as f32,
-        };
-        // Step sizes are trained in their logarithm, where a step is a relative change.
-        let scale_lr = how.scale_learning_rate * lr / o.learning_rate;
-        let of_scales = AdamW { learning_rate: scale_lr as f32, clip: 1.0, ..adam };
-        for (name, (grad, scale_grad)) in gradients {
-            if self.frozen.contains(&name) {
-                continue;
+    /// Every tensor that is trained, with its gradient and moments; these start at 0.
+    fn slots<'s>(
+        &self,
+        student: &'s mut Model,
+        moments: &'s mut BTreeMap<String, Moments>,
+        gradients: &'s BTreeMap<String, (Tensor, Option<Tensor>)>,
+        lr: f64,
+    ) -> Vec<Slot<'s>> {
+        let trained = || gradients.iter().filter(|(name, _)| !self.frozen.contains(*name));
+        for (name, (grad, scale_grad)) in trained() {
+            if let Some(g) = scale_grad {
+                moments.entry(format!("{name}{SCALE}")).or_insert_with(|| Moments::new(g));
             }
-            let weight = student.params.get_mut(&name).expect("gradients are of weights");
-            if let (Some(g), Weight::Fake { scale, .. }) = (scale_grad, &mut *weight) {
-                let m = moments.entry(format!("{name}{SCALE}")).or_insert_with(|| Moments::new(&g));
-                of_scales.update_positive(scale, &g, m);
-            }
-            let is_step = is_step_size(&name);
-            let m = moments.entry(name).or_insert_with(|| Moments::new(&grad));
-            match weight {
-                Weight::Dense(t) if is_step => of_scales.update_positive(t, &grad, m),
-                Weight::Dense(t) | Weight::Masked { value: t, .. } | Weight::Fake { value: t, .. } => {
-                    // Biases and norms are not decayed (Devlin et al. 2019, published code).
-                    let weight_decay = if t.shape().len() >= 2 { o.weight_decay as f32 } else { 0.0 };
-                    AdamW { weight_decay, ..adam }.update(t, &grad, m);
-                }
-                Weight::Packed(_) => unreachable!("packed weights are not trained"),
-            }
+            moments.entry(name.clone()).or_insert_with(|| Moments::new(grad));
         }
-        Ok(terms)
+        let mut moments: BTreeMap<&str, &mut Moments> =
+            moments.iter_mut().map(|(name, m)| (name.as_str(), m)).collect();
+        let mut weights: BTreeMap<&str, &mut Weight> = student.params.iter_mut().collect();
+        // Step sizes are trained in their logarithm, where a step is a relative change.
+        let o = self.how.optimizer;
+        let positive =
+            Update::Positive { learning_rate: (self.how.scale_learning_rate * lr / o.learning_rate) as f32 };
+        let mut slots = Vec::new();
+        for (name, (grad, scale_grad)) in trained() {
+            let mut take = |name: &str| moments.remove(name).expect("made above");
+            let weight = weights.remove(name.as_str()).expect("gradients are of weights");
+            let param = match weight {
+                Weight::Fake { value, scale, .. } => {
+                    if let Some(grad) = scale_grad {
+                        let moments = take(&format!("{name}{SCALE}"));
+                        slots.push(Slot { param: scale, grad, moments, update: positive });
+                    }
+                    value
+                }
+                Weight::Dense(t) | Weight::Masked { value: t, .. } => t,
+                Weight::Packed(_) => unreachable!("packed weights are not trained"),
+            };
+            let update = match is_step_size(name) {
+                true => positive,
+                // Biases and norms are not decayed (Devlin et al. 2019, published code).
+                false => Update::Weight {
+                    decay: if param.shape().len() >= 2 { o.weight_decay as f32 } else { 0.0 },
+                },
+            };
+            slots.push(Slot { param, grad, moments: take(name), update });
+        }
+        slots
     }
 }
 
 /// Trains `student` on `data`, from `state` on. The same inputs give the same bits on the same CPU, however
-/// often the run was stopped and resumed.
+/// often the run was stopped and resumed. `student` comes and goes in host memory, wherever training computes.
 ///
 /// # Errors
-/// A loss that is not finite (the last saved state stays), or what saving meets.
+/// A loss or gradient that is not finite or a GPU that fails (the last saved state stays), or what saving meets.
 pub fn fit(
     student: &mut Model,
     data: &Dataset,
@@ -256,6 +285,10 @@ pub fn fit(
     let steps = total_steps(o, data.examples.len());
     let per_epoch = data.examples.len().div_ceil(o.batch_size);
     let stepper = Stepper::new(student, how)?;
+    student.params = student.params.to(how.device);
+    for m in state.moments.values_mut() {
+        *m = m.to(how.device);
+    }
     let mut order: (usize, Vec<Vec<usize>>) = (usize::MAX, Vec::new());
     while state.progress.step < steps && !state.progress.stopped {
         let step = state.progress.step;
@@ -295,6 +328,8 @@ pub fn fit(
             watch(Event::Saved { step: state.progress.step });
         }
     }
+    student.params = student.params.to(Device::Cpu);
+    how.device.check()?;
     let p = state.progress;
     Ok(Report { steps: p.step, curve: p.curve })
 }
@@ -309,7 +344,9 @@ fn mean(terms: &[Terms]) -> Terms {
 fn update_masks(model: &mut Model) {
     for (_, w) in model.params.iter_mut() {
         if let Weight::Masked { value, mask } | Weight::Fake { value, mask, .. } = w {
-            mask_rows(value.f32(), value.width(), Pattern::TWO_FOUR, mask.u8_mut());
+            let (host, mut chosen) = (value.to(Device::Cpu), mask.to(Device::Cpu));
+            mask_rows(host.f32(), host.width(), Pattern::TWO_FOUR, chosen.u8_mut());
+            *mask = chosen.to(value.device());
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use gpusq_tensor::{Moments, Tensor};
+use gpusq_tensor::{Device, Moments, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::fit::Point;
@@ -84,12 +84,13 @@ fn made_here(error: Error) -> Error {
 }
 
 impl State {
-    /// Writes weights and state to `path`, replacing it whole.
+    /// Writes weights and state, wherever they are, to `path`, replacing it whole.
     ///
     /// # Errors
     /// What writing meets; the file that was there stays.
     pub fn save(&self, path: &Path, params: &Params) -> Result<()> {
         let mut tensors = Vec::new();
+        let params = params.to(Device::Cpu);
         for (name, w) in params.iter() {
             match w {
                 Weight::Dense(t) => tensors.push((format!("value/{name}"), t.clone())),
@@ -104,8 +105,9 @@ impl State {
             }
         }
         for (name, m) in &self.moments {
-            tensors.push((format!("first/{name}"), m.first.clone()));
-            tensors.push((format!("second/{name}"), m.second.clone()));
+            let m = m.to(Device::Cpu);
+            tensors.push((format!("first/{name}"), m.first));
+            tensors.push((format!("second/{name}"), m.second));
         }
         let progress = serde_json::to_string(&self.progress).expect("plain data serialises");
         let sum = checksum(progress.as_bytes());

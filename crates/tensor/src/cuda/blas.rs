@@ -8,6 +8,7 @@ use std::sync::Mutex;
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
 
+use super::kernels::searched;
 use super::{CudaError, Gpu, Memory, lock};
 
 /// Bytes cuBLASLt may use beside the operands; 32 MiB is what it recommends for Hopper.
@@ -95,7 +96,7 @@ impl Blas {
         if !unsafe { sys::is_culib_present() } {
             return Err(CudaError::Library {
                 library: "cuBLASLt",
-                searched: cudarc::get_lib_name_candidates("cublasLt").join(", "),
+                searched: searched("cublasLt"),
                 remedy: "install the CUDA toolkit's runtime libraries or the wheel nvidia-cublas, and name their \
                          folder in LD_LIBRARY_PATH",
             });

@@ -28,6 +28,13 @@ macro_rules! source {
 }
 pub(crate) use source;
 
+/// Where a library was looked for, without the old and misspelt names that are tried too.
+pub(super) fn searched(library: &str) -> String {
+    let names = cudarc::get_lib_name_candidates(library).into_iter();
+    let plain: Vec<String> = names.filter(|n| n.starts_with(&format!("lib{library}.so"))).collect();
+    format!("LD_LIBRARY_PATH and the system's folders for {}", plain.join(", "))
+}
+
 /// An error that says what was searched, if there is no NVIDIA driver here.
 pub(super) fn need_driver() -> Result<(), CudaError> {
     // SAFETY: loads and unloads the driver library, which is made for it.
@@ -36,7 +43,7 @@ pub(super) fn need_driver() -> Result<(), CudaError> {
     }
     Err(CudaError::Library {
         library: "NVIDIA driver",
-        searched: cudarc::get_lib_name_candidates("cuda").join(", "),
+        searched: searched("cuda"),
         remedy: "install one, or use the CPU",
     })
 }
@@ -49,7 +56,7 @@ pub(super) fn need_compiler() -> Result<(), CudaError> {
     }
     Err(CudaError::Library {
         library: "CUDA kernel compiler (NVRTC)",
-        searched: cudarc::get_lib_name_candidates("nvrtc").join(", "),
+        searched: searched("nvrtc"),
         remedy: "install the CUDA toolkit's runtime libraries or the wheel nvidia-cuda-nvrtc, and name their folder \
                  in LD_LIBRARY_PATH",
     })

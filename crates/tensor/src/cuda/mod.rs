@@ -14,6 +14,7 @@ use std::hash::{Hash, Hasher};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::{fmt, ptr};
 
+use crate::Device;
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
 pub(crate) use kernels::{Source, source};
@@ -26,6 +27,9 @@ const MOST: usize = 64;
 /// Why a GPU could not be used, or stopped working.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum CudaError {
+    /// No device has this name.
+    #[error("unknown device `{0}`; use auto, cpu, cuda or cuda:N with N the number of a GPU")]
+    Name(String),
     /// A library is not on this machine.
     #[error("no {library} found (searched {searched}); {remedy}")]
     Library {
@@ -143,6 +147,38 @@ impl Gpu {
     /// Number of this GPU, from 0.
     pub fn ordinal(self) -> usize {
         self.0.ordinal
+    }
+
+    /// The vendor's name of it.
+    pub fn name(self) -> String {
+        self.0.context.name().unwrap_or_else(|_| "unnamed".into())
+    }
+
+    /// Bytes of its memory.
+    pub fn memory(self) -> u64 {
+        self.0.context.total_mem().unwrap_or(0) as u64
+    }
+
+    /// The most bytes that were in use at one time since the last call.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn peak_memory(self) -> Result<u64, CudaError> {
+        use sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_USED_MEM_HIGH as HIGH;
+        let mut bytes = 0u64;
+        let mut reset = 0u64;
+        let asked = self.0.context.bind_to_thread().and_then(|()| {
+            let pool = self.0.pool()?;
+            // SAFETY: the attribute is a u64; setting it to 0 starts a new count.
+            unsafe {
+                result::mem_pool::get_attribute(pool, HIGH, (&raw mut bytes).cast())?;
+                result::mem_pool::set_attribute(pool, HIGH, (&raw mut reset).cast())
+            }
+        });
+        let ordinal = self.0.ordinal;
+        let failed =
+            |e| CudaError::Driver { ordinal, what: "ask how much memory was used".into(), reason: reason(e) };
+        asked.map(|()| bytes).map_err(failed)
     }
 
     /// Waits for all work asked for so far and hands over the first failure since the last call. After
@@ -325,6 +361,56 @@ impl Inner {
     }
 }
 
+impl Device {
+    /// Every device of this machine that can be used, the CPU first.
+    pub fn all() -> Vec<Device> {
+        let count = match kernels::need_driver() {
+            Ok(()) => CudaContext::device_count().unwrap_or(0) as usize,
+            Err(_) => 0,
+        };
+        let gpus = (0..count).filter_map(|ordinal| Gpu::open(ordinal).ok()).map(Device::Cuda);
+        std::iter::once(Device::Cpu).chain(gpus).collect()
+    }
+
+    /// The CPU (`cpu`), a GPU (`cuda`, `cuda:1`), or the first GPU if there is one that can be used (`auto`). Says
+    /// why the CPU was taken where `auto` found no GPU.
+    ///
+    /// # Errors
+    /// A name that is none of these; a GPU that was asked for and cannot be used.
+    pub fn named(name: &str) -> Result<(Device, Option<CudaError>), CudaError> {
+        match name {
+            "cpu" => Ok((Device::Cpu, None)),
+            "auto" => Ok(Gpu::open(0).map_or_else(|e| (Device::Cpu, Some(e)), |g| (Device::Cuda(g), None))),
+            "cuda" => Ok((Device::Cuda(Gpu::open(0)?), None)),
+            _ => match name.strip_prefix("cuda:").and_then(|n| n.parse().ok()) {
+                Some(ordinal) => Ok((Device::Cuda(Gpu::open(ordinal)?), None)),
+                None => Err(CudaError::Name(name.into())),
+            },
+        }
+    }
+
+    /// Hands over the first failure of work on this device since the last call, after all of it is done. A CPU has
+    /// none.
+    ///
+    /// # Errors
+    /// As [`Gpu::check`].
+    pub fn check(self) -> Result<(), CudaError> {
+        match self {
+            Device::Cpu => Ok(()),
+            Device::Cuda(gpu) => gpu.check(),
+        }
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Device::Cpu => f.write_str("CPU"),
+            Device::Cuda(gpu) => write!(f, "GPU {} ({})", gpu.ordinal(), gpu.name()),
+        }
+    }
+}
+
 impl PartialEq for Gpu {
     fn eq(&self, other: &Gpu) -> bool {
         ptr::eq(self.0, other.0)
@@ -356,6 +442,11 @@ pub(crate) struct Memory {
 impl Memory {
     pub(crate) fn gpu(&self) -> Gpu {
         self.gpu
+    }
+
+    /// For a table of addresses that a kernel reads; the memory must outlive its launch.
+    pub(crate) fn address(&self) -> u64 {
+        self.at
     }
 
     pub(crate) fn zero(&self) {
@@ -414,7 +505,7 @@ pub(crate) unsafe trait Plain: Copy + Default {}
 // SAFETY: numbers without invalid bit patterns.
 unsafe impl Plain for f32 {}
 // SAFETY: as above.
-unsafe impl Plain for f64 {}
+unsafe impl Plain for u64 {}
 // SAFETY: as above.
 unsafe impl Plain for half::f16 {}
 // SAFETY: as above.

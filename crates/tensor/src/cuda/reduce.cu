@@ -18,17 +18,3 @@ extern "C" __global__ void column_sums(float *out, const float *x, const float *
         out[blockIdx.y * width + column] = sum;
     }
 }
-
-// One partial sum of squares for each block, in double: thousands of gradients' squares are added up.
-extern "C" __global__ void square_sums(double *out, const float *x, long long n) {
-    __shared__ double part[256];
-    double sum = 0;
-    EACH(i, n) sum += (double)x[i] * x[i];
-    part[threadIdx.x] = sum;
-    __syncthreads();
-    for (int d = 128; d; d /= 2) {
-        if (threadIdx.x < d) part[threadIdx.x] += part[threadIdx.x + d];
-        __syncthreads();
-    }
-    if (threadIdx.x == 0) out[blockIdx.x] = part[0];
-}

@@ -24,12 +24,3 @@ pub(crate) fn column_sums(gpu: Gpu, x: &Tensor, y: Option<&Tensor>) -> Tensor {
         _ => column_sums(gpu, &out, None),
     }
 }
-
-/// Sum of squares of all elements. Waits for the GPU.
-pub(crate) fn square_sum(gpu: Gpu, x: &Tensor) -> f64 {
-    let n = x.len();
-    let blocks = n.div_ceil(256 * 16).clamp(1, 1024);
-    let out = gpu.allocate(blocks * size_of::<f64>());
-    gpu.launch(&SOURCE, "square_sums", Grid::blocks(blocks), &[(&out).into(), x.memory().into(), n.into()]);
-    out.download::<f64>().iter().sum()
-}

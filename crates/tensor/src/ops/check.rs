@@ -1,16 +1,14 @@
 //! The one test body of every operation: forward against a naive f64 reference, backward against
 //! central differences of that reference.
 
-use crate::cuda::Gpu;
 use crate::{Device, Tape, Tensor, Var};
 
 /// Every device the tests can run on: the CPU, and a GPU where the machine has one. `GPUSQ_NEED_GPU=1` makes its
 /// absence a failure, so that a run that is meant to test a GPU cannot pass without.
 pub(crate) fn devices() -> Vec<Device> {
-    let mut devices = vec![Device::Cpu];
-    match Gpu::open(0) {
-        Ok(gpu) => devices.push(Device::Cuda(gpu)),
-        Err(e) => assert!(std::env::var_os("GPUSQ_NEED_GPU").is_none(), "GPUSQ_NEED_GPU is set: {e}"),
+    let devices = Device::all();
+    if let (1, Some(_)) = (devices.len(), std::env::var_os("GPUSQ_NEED_GPU")) {
+        panic!("GPUSQ_NEED_GPU is set: {:?}", Device::named("cuda").err());
     }
     devices
 }

@@ -1,0 +1,113 @@
+//! Times one knowledge-distillation step on random weights and tokens: teacher and student forward, span loss + KL +
+//! features, backward, clipping, AdamW.
+//!
+//! `train_step SIZE BATCH LENGTH DEVICE dense|gpusq [STEPS]`, with SIZE tiny, mini, base or large. `gpusq` is the
+//! second stage of compression: 2:4 weights, fake quantisation, 2:4 attention. One line: median step, peak memory.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Instant;
+
+use gpusq::arch::Config;
+use gpusq::compress::{calibration, prune_weights};
+use gpusq::config;
+use gpusq::distill::{Mix, Targets};
+use gpusq::forward::{Inputs, Tokens};
+use gpusq::model::Model;
+use gpusq::quant::calibrate;
+use gpusq::sparsity::Pattern;
+use gpusq::tensor::Device;
+use gpusq::train::batch::Batch;
+use gpusq::train::{Recipe, Stepper};
+
+/// Layers, width, heads, inner width.
+const SIZES: [(&str, [usize; 4]); 4] = [
+    ("tiny", [2, 128, 2, 512]),
+    ("mini", [6, 384, 12, 1536]),
+    ("base", [12, 768, 12, 3072]),
+    ("large", [24, 1024, 16, 4096]),
+];
+
+fn main() {
+    let start = Instant::now();
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let usage = "train_step tiny|mini|base|large BATCH LENGTH DEVICE dense|gpusq [STEPS]";
+    let [size, batch, length, device, what, rest @ ..] = &words[..] else { panic!("usage: {usage}") };
+    let (_, [layers, hidden, heads, inner]) = *SIZES.iter().find(|s| s.0 == size).expect(usage);
+    let (batch, length): (usize, usize) = (batch.parse().expect(usage), length.parse().expect(usage));
+    let steps: usize = rest.first().map_or(30, |n| n.parse().expect(usage));
+    let (device, _) = Device::named(device).unwrap();
+    let config = format!(
+        r#"{{"model_type":"bert","architectures":["BertForQuestionAnswering"],"vocab_size":30522,
+        "hidden_size":{hidden},"num_hidden_layers":{layers},"num_attention_heads":{heads},
+        "intermediate_size":{inner},"max_position_embeddings":512,"hidden_dropout_prob":0.0,
+        "attention_probs_dropout_prob":0.0}}"#
+    );
+    let config = Config::parse(Path::new("config.json"), &config).unwrap();
+    let mut teacher = Model::random(config.clone(), 1).unwrap();
+    let mut student = Model::random(config, 2).unwrap();
+
+    let ids = (0..batch * length).map(|i| (i as u32).wrapping_mul(2_654_435_761) % 30_522).collect();
+    let tokens = Tokens { batch, length, ids, types: vec![0; batch * length], mask: None };
+    let targets = Targets::Spans { start: vec![5; batch], end: vec![9; batch] };
+    let b = Batch { inputs: Inputs { tokens, target: None }, targets };
+    if what == "gpusq" {
+        let mut settings = config::Config::default();
+        settings.prune.attention = Some(Pattern::TWO_FOUR);
+        for m in [&mut teacher, &mut student] {
+            prune_weights(m, &settings.prune, &[], device).unwrap();
+        }
+        let few = Tokens {
+            batch: 1,
+            length,
+            ids: b.inputs.tokens.ids[..length].to_vec(),
+            types: vec![],
+            mask: None,
+        };
+        let few = Inputs { tokens: few, target: None };
+        calibrate(&mut student, &[few], &calibration(&settings.quantize), device).unwrap();
+    }
+    let optimizer = config::Fit { learning_rate: 1e-5, ..config::Fit::default() };
+    let how = Recipe {
+        optimizer: &optimizer,
+        mix: Mix { alpha: 1.0, beta: 10.0, gamma: 1.0, temperature: 2.0, attention_features: false },
+        teacher: Some(&teacher),
+        scale_learning_rate: 1e-3,
+        mask_update_every: 0,
+        stop_loss: None,
+        seed: 1,
+        checkpoint: None,
+        pad: 0,
+        device,
+    };
+    let stepper = Stepper::new(&student, &how).unwrap();
+    student.params = student.params.to(device);
+    let mut moments = BTreeMap::new();
+    let mut times = Vec::new();
+    let (mut first, mut last, mut to_first) = (f32::NAN, f32::NAN, 0.0);
+    let mut peak = 0.0;
+    for n in 0..steps + 5 {
+        let from = Instant::now();
+        let terms = stepper.step(&mut student, &mut moments, &b, n, 1e-5).unwrap();
+        if n == 0 {
+            (first, to_first) = (terms.total, start.elapsed().as_secs_f64());
+        }
+        last = terms.total;
+        // The first steps allocate and choose algorithms.
+        if n >= 5 {
+            times.push(from.elapsed().as_secs_f64() * 1e3);
+        }
+        if let Device::Cuda(gpu) = device {
+            peak = gpu.peak_memory().unwrap() as f64 / (1u64 << 30) as f64;
+        }
+    }
+    times.sort_by(f64::total_cmp);
+    println!(
+        "RESULT gpusq size={size} bs={batch} seq={length} dev={device} what={what} step_ms={:.2} min={:.2} max={:.2} \
+         steps={} loss={first:.4}->{last:.4} peak={peak:.2}GiB first_step_s={to_first:.1}",
+        times[times.len() / 2],
+        times[0],
+        times[times.len() - 1],
+        times.len()
+    );
+}
