@@ -18,8 +18,9 @@ use gpusq::{Error, Result};
 /// The whole command line.
 pub(crate) fn command() -> Command {
     let tasks: Vec<String> = TASKS.iter().map(|t| format!("  {:6} {}", t.name, t.about)).collect();
+    let tasks = format!("Tasks:\n{}", tasks.join("\n"));
     let presets: Vec<String> = config::PRESETS.iter().map(|p| format!("  {:18} {}", p.name, p.doc)).collect();
-    let footer = format!("Tasks:\n{}\n\nPresets:\n{}", tasks.join("\n"), presets.join("\n"));
+    let footer = format!("{tasks}\n\nPresets:\n{}", presets.join("\n"));
     let variants = |e: &Experiment| {
         let labels: Vec<String> = e.variants.iter().map(|v| format!("           {}", v.label)).collect();
         format!("  {:8} {}:\n{}", e.name, e.about, labels.join("\n"))
@@ -59,8 +60,9 @@ pub(crate) fn command() -> Command {
             Command::new("eval")
                 .about("Score a model of any stage; packed ones run in the engine")
                 .args([model(), task().required(false), data(), split(), device(), precision(), json()])
-                .arg(Arg::new("max-length").long("max-length").value_name("TOKENS").value_parser(value_parser!(usize)).help("Longest input (default: as the model was trained, or the task's own)"))
-                .arg(Arg::new("batch-size").long("batch-size").value_name("N").value_parser(value_parser!(u16).range(1..)).default_value("32").help("Examples at a time")),
+                .arg(Arg::new("max-length").long("max-length").visible_alias("data.max-length").value_name("TOKENS").value_parser(value_parser!(usize)).help("Longest input (default: as the model was trained, or the task's own)"))
+                .arg(Arg::new("batch-size").long("batch-size").value_name("N").value_parser(value_parser!(u16).range(1..)).default_value("32").help("Examples at a time"))
+                .after_help(tasks),
         )
         .subcommand(
             Command::new("inspect")
@@ -75,7 +77,7 @@ pub(crate) fn command() -> Command {
         .subcommand(
             Command::new("demo")
                 .about("Train, compress and score a small model on generated text; needs no files and no network")
-                .arg(out().required(false).default_value("gpusq-demo"))
+                .arg(out().required(false).default_value("gpusq-demo").help("Folder to write; must be empty or not exist"))
                 .arg(seed())
                 .arg(device())
                 .arg(precision())
@@ -203,7 +205,11 @@ fn out() -> Arg {
 }
 
 fn seed() -> Arg {
-    Arg::new("seed").long("seed").value_name("N").help("Seed of everything random [default: 42]")
+    Arg::new("seed")
+        .long("seed")
+        .value_name("N")
+        .allow_hyphen_values(true)
+        .help("Seed of everything random [default: 42]")
 }
 
 fn device() -> Arg {
@@ -408,13 +414,28 @@ pub(crate) fn load_data(
     model: &Model,
 ) -> Result<Dataset> {
     let limit = model.spec.max_length();
-    if let Some(asked) = max_length.filter(|n| *n > limit) {
-        return Err(Error::Mismatch(format!(
-            "data.max_length is {asked} and the model takes {limit} tokens; lower it"
-        )));
-    }
     let trained = model.max_length.filter(|_| model.task.as_deref() == Some(task.name));
     task.load(dir, split, tokenizer, max_length.or(trained).unwrap_or(task.max_len).min(limit))
+}
+
+/// Refuses a length that is set and that the model does not take. `settings` are those that `m` gives.
+pub(crate) fn check_length(m: &ArgMatches, settings: &Config, model: &Model) -> Result<()> {
+    let limit = model.spec.max_length();
+    let Some(asked) = settings.data.max_length.filter(|n| *n > limit) else { return Ok(()) };
+    let preset = m.get_one::<String>("preset").map(String::as_str);
+    let of_preset = Config::load(None, preset, &[])?.data.max_length == Some(asked);
+    let flag = m.get_one::<String>("data.max_length").is_some();
+    Err(Error::Mismatch(match preset.filter(|_| of_preset && !flag) {
+        Some(name) => format!(
+            "the preset `{name}` is for models that take {asked} tokens and this one takes {limit}; add \
+             --data.max-length {limit}"
+        ),
+        None => {
+            format!(
+                "data.max_length is {asked} and the model takes {limit} tokens; set it to at most {limit}"
+            )
+        }
+    }))
 }
 
 /// The command line as it was typed, quoted for a shell.

@@ -50,10 +50,9 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
     let started = Instant::now();
     let out = m.get_one::<PathBuf>("out").expect("has a default").clone();
     let mut progress = Progress::new(m.get_flag("json"));
-    let seed = m
-        .get_one::<String>("seed")
-        .map_or(Ok(42), |s| s.parse())
-        .map_err(|_| Error::Config("--seed must be a whole number".into()))?;
+    let mut asked = Config::default();
+    m.get_one::<String>("seed").map(|text| asked.set("seed", text)).transpose()?;
+    let seed = asked.seed;
     if out.exists() && std::fs::read_dir(&out).map_err(Error::io(&out))?.next().is_some() {
         return Err(Error::file(&out, "already exists and is not empty; choose another --out or remove it"));
     }

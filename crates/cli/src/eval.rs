@@ -32,6 +32,12 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
     args::need_trained_head(&model, &dir, task)?;
     let data = m.get_one::<PathBuf>("data").expect("required");
     let length = m.get_one::<usize>("max-length").copied();
+    let limit = model.spec.max_length();
+    if let Some(asked) = length.filter(|n| *n > limit) {
+        let message =
+            format!("--max-length is {asked} and the model takes {limit} tokens; set it to at most {limit}");
+        return Err(Error::Mismatch(message));
+    }
     let dataset = args::load_data(task, data, split, &tokenizer, length, &model)?;
     check_fit(&model, &tokenizer, &[&dataset])?;
     let start = Instant::now();

@@ -1,13 +1,12 @@
 //! `gpusq inspect`: what a checkpoint is, what would be compressed, sizes, integrity.
 
 use clap::ArgMatches;
-use gpusq::Result;
 use gpusq::format::packed::sizes;
 use gpusq::model::{Model, Stage, compressible};
-use gpusq::preflight::bytes;
-use gpusq::report::grouped;
+use gpusq::report::{bytes, grouped};
 use gpusq::spec::Head;
 use gpusq::task::Tokenizer;
+use gpusq::{Error, Result};
 use serde_json::json;
 
 use crate::args;
@@ -34,6 +33,14 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
         Head::Span => "question answering (spans)".into(),
         Head::LanguageModel { .. } => "language modelling".into(),
     };
+    let problem = tokenizer.as_ref().ok().filter(|n| **n > spec.vocab).map(|n| {
+        let message = format!(
+            "the tokenizer has {n} entries and the model's vocabulary {}; use the tokenizer the model was trained with",
+            spec.vocab
+        );
+        Error::file(&dir, message)
+    });
+    let verdict = problem.map_or(Ok(()), Err);
     if m.get_flag("json") {
         let sizes = packed.map(|p| {
             json!({ "packed_bits": p.packed_bits, "dense_fp16_bits": p.dense_fp16_bits, "scale_bits": p.scale_bits, "rest_bits": p.rest_bits })
@@ -44,7 +51,7 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
             "compressible_parameters": elements, "left_dense": dense, "untrained": model.fresh, "unused": model.unused,
             "tokenizer_entries": tokenizer.as_ref().ok(), "sizes": sizes });
         out(format_args!("{object}"));
-        return Ok(());
+        return verdict;
     }
     out(format_args!("{}: {family}, {}", dir.display(), model.stage.title()));
     out(format_args!(
@@ -102,9 +109,6 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
         out(format_args!("  in the checkpoint but not used: {}", model.unused.join(", ")));
     }
     match tokenizer {
-        Ok(n) if n > spec.vocab => {
-            out(format_args!("  PROBLEM: the tokenizer has {n} entries, the model {}", spec.vocab))
-        }
         Ok(n) => out(format_args!("  tokenizer: {} entries", grouped(n as u64))),
         Err(e) => out(format_args!("  no usable tokenizer: {e}")),
     }
@@ -113,5 +117,5 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
         if model.fresh.is_empty() { "every tensor present, " } else { "every tensor that is there " },
         if model.stage == Stage::Dense { "" } else { ", 2:4" }
     ));
-    Ok(())
+    verdict
 }

@@ -15,12 +15,13 @@ fn main() -> ExitCode {
     let matches = match args::command().try_get_matches() {
         Ok(m) => m,
         Err(e) => {
-            let _ = e.print();
+            let printed = e.print();
             if !e.use_stderr() {
-                return ExitCode::SUCCESS;
+                progress::printed(printed);
+                return all_printed();
             }
             // The command line did not parse, so that nothing says for sure that it asks for JSON.
-            if std::env::args().any(|a| a == "--json") {
+            if std::env::args_os().any(|a| a == "--json") {
                 let text = e.to_string();
                 let first = text.lines().next().unwrap_or_default();
                 report_json(first.strip_prefix("error: ").unwrap_or(first));
@@ -40,7 +41,7 @@ fn main() -> ExitCode {
         "reproduce" => reproduce::run(m),
         other => unreachable!("command {other} has no code"),
     };
-    let Err(error) = done else { return ExitCode::SUCCESS };
+    let Err(error) = done else { return all_printed() };
     let message = error.to_string();
     if m.try_get_one::<bool>("json").ok().flatten().is_some_and(|j| *j) {
         report_json(&message);
@@ -48,6 +49,13 @@ fn main() -> ExitCode {
     eprintln!("error: {message}");
     // What is wrong with the command line itself is told from what went wrong in a run.
     ExitCode::from(if matches!(error, gpusq::Error::Config(_)) { 2 } else { 1 })
+}
+
+/// How a command ends that did its work: well, if all that it printed got through.
+fn all_printed() -> ExitCode {
+    let Some(error) = progress::lost() else { return ExitCode::SUCCESS };
+    eprintln!("error: standard output: {error}; what was printed there is not complete");
+    ExitCode::FAILURE
 }
 
 fn report_json(message: &str) {

@@ -1,11 +1,12 @@
 //! Shows a run: a bar on a terminal, plain lines elsewhere, JSON lines for machines.
 
-use std::io::{IsTerminal, Write};
+use std::io::{self, ErrorKind, IsTerminal, Write};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use gpusq::compress::Event;
-use gpusq::preflight::{Preflight, bytes};
-use gpusq::report::grouped;
+use gpusq::preflight::Preflight;
+use gpusq::report::{bytes, grouped};
 use gpusq::train;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
@@ -27,7 +28,7 @@ const EVERY: Duration = Duration::from_secs(15);
 impl Progress {
     pub(crate) fn new(json: bool) -> Self {
         let now = Instant::now();
-        let terminal = std::io::stderr().is_terminal();
+        let terminal = io::stderr().is_terminal();
         Progress { json, bar: None, terminal, stage: String::new(), first: 0, started: now, last: now }
     }
 
@@ -154,9 +155,27 @@ impl Progress {
     }
 }
 
-/// A line on standard output. A run of hours goes on when whoever read its output is gone.
+/// What standard output failed with first.
+static LOST: OnceLock<io::Error> = OnceLock::new();
+
+/// A line on standard output. A run of hours goes on when nothing takes its output any more.
 pub(crate) fn out(line: impl std::fmt::Display) {
-    let _ = writeln!(std::io::stdout(), "{line}");
+    printed(writeln!(io::stdout(), "{line}"));
+}
+
+/// Keeps what printing failed with, unless whoever read has gone away and so has what they wanted.
+pub(crate) fn printed(result: io::Result<()>) {
+    if let Err(e) = result
+        && e.kind() != ErrorKind::BrokenPipe
+    {
+        // A later failure says no more than the first.
+        let _ = LOST.set(e);
+    }
+}
+
+/// Why something that was printed is lost, if anything is.
+pub(crate) fn lost() -> Option<&'static io::Error> {
+    LOST.get()
 }
 
 /// Examples, and the windows they are read in where these are more.

@@ -77,6 +77,7 @@ impl Start {
             Head::New => model.set_task(task, config.seed)?,
             Head::Either => {}
         }
+        args::check_length(m, &config, &model)?;
         let load = |split| args::load_data(task, data, split, &tokenizer, config.data.max_length, &model);
         let (train, dev) = (load(Split::Train)?, load(Split::Dev)?);
         let progress = Progress::new(m.get_flag("json"));
@@ -127,7 +128,16 @@ impl Start {
             &self.out,
         )?;
         let held = self.run().open(self.command, &self.model)?;
-        if let Some(record) = self.run().finished()? {
+        let mut gone = None;
+        let finished = self.run().finished(&self.models(), &mut |e| {
+            if let compress::Event::Note(text) = e {
+                gone = Some(text.to_string());
+            }
+        })?;
+        if let Some(text) = gone {
+            self.progress.show(compress::Event::Note(&text));
+        }
+        if let Some(record) = finished {
             let line = format!("{} holds this run, finished", self.out.display());
             self.progress.say(&line, json!({ "event": "finished", "stages": record.stages }));
             for stage in &record.stages {
@@ -141,6 +151,15 @@ impl Start {
             self.progress.note(&note);
         }
         Ok(Some(held))
+    }
+
+    /// The folders that the command leaves models in.
+    fn models(&self) -> Vec<PathBuf> {
+        match self.command {
+            "compress" => compress::MODELS.map(|name| self.out.join(name)).to_vec(),
+            "quantize" => vec![self.out.clone(), self.out.join("packed")],
+            _ => vec![self.out.clone()],
+        }
     }
 
     /// What the user should know of the data and the device.

@@ -4,7 +4,7 @@
 mod times;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use gpusq_tensor::ops::masked::MaskGradient;
@@ -15,7 +15,7 @@ use crate::distill::Mix;
 use crate::evaluate::predict;
 use crate::format::packed::round_dense;
 use crate::forward::{Bound, Compute, Inputs, TapSet, forward};
-use crate::model::{MANIFEST_FILE, Model, PACKED_FILE, STATE_DIR, Stage, apply, compressible};
+use crate::model::{self, Model, PACKED_FILE, STATE_DIR, Stage, apply, compressible, is_complete};
 use crate::outdir::{self, Held};
 use crate::params::Weight;
 use crate::quant::{self, Calibration};
@@ -82,7 +82,7 @@ pub type Watch<'w> = dyn FnMut(Event) + 'w;
 
 const STATE_FILE: &str = "train.safetensors";
 /// The models that [`Run::compress`] leaves in its output folder, in the order they are made.
-const MODELS: [&str; 4] = ["pruned", "packed-fp16", "quantized", "packed"];
+pub const MODELS: [&str; 4] = ["pruned", "packed-fp16", "quantized", "packed"];
 /// Batch size of evaluation: large enough to fill the machine, small enough for its memory.
 const EVAL_BATCH: usize = 32;
 
@@ -251,16 +251,30 @@ impl Run<'_> {
         Ok(held)
     }
 
-    /// The record of the run in `out`, if it is finished.
+    /// The record of the run in `out`, if it is finished. `models` are the folders it left models in; where one
+    /// is gone, the run goes on and makes it again. A report that is gone is written again here.
     ///
     /// # Errors
-    /// A record that does not parse.
-    pub fn finished(&self) -> Result<Option<RunRecord>> {
+    /// A record that does not parse; what writing meets.
+    pub fn finished(&self, models: &[PathBuf], watch: &mut Watch) -> Result<Option<RunRecord>> {
         let file = self.out.join(report::RECORD_FILE);
         if !self.resume || !file.exists() {
             return Ok(None);
         }
         let record = report::read(&file)?;
+        let gone: Vec<String> =
+            models.iter().filter(|dir| !is_complete(dir)).map(|dir| dir.display().to_string()).collect();
+        if !gone.is_empty() {
+            let gone = gone.join(" and ");
+            watch(Event::Note(&format!(
+                "the run was finished, but no model is in {gone} any more: making it again"
+            )));
+            Times::of_finished(&record).keep(self.out)?;
+            return Ok(None);
+        }
+        if !self.out.join(report::PAGE_FILE).exists() {
+            report::write(&record, self.out)?;
+        }
         Times::forget(self.out)?;
         Ok(Some(record))
     }
@@ -294,7 +308,7 @@ impl Run<'_> {
     ) -> Result<Trained> {
         let mut clock = Instant::now();
         let state_dir = dir.join(STATE_DIR);
-        if dir.join(MANIFEST_FILE).exists() {
+        if is_complete(dir) {
             watch(Event::Note(&format!("{name}: finished before, read from {}", dir.display())));
             let model = Model::load(dir)?;
             clear_state(&state_dir)?;
@@ -303,6 +317,7 @@ impl Run<'_> {
             let curve = read_curve(&dir.join("curve.json"))?;
             return Ok(Trained { model, scores, one_class, seconds, curve });
         }
+        model::reopen(dir)?;
         std::fs::create_dir_all(&state_dir).map_err(Error::io(&state_dir))?;
         let mut model = start()?;
         let file = state_dir.join(STATE_FILE);
@@ -330,7 +345,7 @@ impl Run<'_> {
         let (scores, one_class) = self.score(&model, name, watch)?;
         // The folder below may be the last thing that this process finishes.
         Times::add(self.out, of, &mut clock)?;
-        crate::model::write_json(&dir.join("curve.json"), &report.curve)?;
+        model::write_json(&dir.join("curve.json"), &report.curve)?;
         model.save(dir, self.tokenizer_dir)?;
         clear_state(&state_dir)?;
         // What a later stage sees is what is on disk, so that a resumed run sees the same.
@@ -415,7 +430,8 @@ impl Run<'_> {
     /// A model that is neither pruned nor quantised; what saving or the engine meets.
     pub fn pack(&self, model: &Model, dir: &Path, watch: &mut Watch) -> Result<(Model, Scores, bool, f64)> {
         let mut clock = Instant::now();
-        if !dir.join(MANIFEST_FILE).exists() {
+        if !is_complete(dir) {
+            model::reopen(dir)?;
             std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
             model.packed()?.save(dir, self.tokenizer_dir)?;
         }

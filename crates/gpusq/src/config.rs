@@ -18,7 +18,7 @@ pub use presets::{PRESETS, Preset};
 use setting::{Range, Setting, choice, one_of};
 
 use crate::sparsity::Pattern;
-use crate::{Error, Result};
+use crate::{Error, Result, textfile};
 
 /// File of a run's settings in its output folder.
 pub const CONFIG_FILE: &str = "gpusq.toml";
@@ -408,8 +408,7 @@ impl Config {
             config.apply(Path::new(known.name), known.toml)?;
         }
         if let Some(path) = path {
-            let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-            config.apply(path, &text)?;
+            config.apply(path, &textfile::text(path)?)?;
         }
         for (key, value) in overrides {
             config.set(key, value)?;
@@ -576,10 +575,18 @@ fn unknown(table: &str, key: &str) -> String {
 }
 
 /// Of `(shown, compared, handicap)` what is shown of the one whose compared text is fewest edits (and the
-/// handicap) away from `word`; the first one of equals.
+/// handicap) away from `word`; the first one of equals. Initials (`lr`) are no edit away, and one word of several
+/// (`batch`) is one.
 fn nearest<'a>(word: &str, candidates: impl Iterator<Item = (String, &'a str, usize)>) -> String {
-    let distance =
-        |(_, text, handicap): &(String, &str, usize)| strsim::damerau_levenshtein(word, text) + handicap;
+    let initials = |text: &str| text.split('_').filter_map(|part| part.chars().next()).collect::<String>();
+    let distance = |(_, text, handicap): &(String, &str, usize)| {
+        let edits = match text {
+            _ if word.len() > 1 && initials(text) == word => 0,
+            _ if text.split('_').any(|part| part == word) => 1,
+            _ => strsim::damerau_levenshtein(word, text),
+        };
+        edits + handicap
+    };
     candidates.min_by_key(distance).map(|(shown, ..)| shown).unwrap_or_default()
 }
 
@@ -656,6 +663,22 @@ mod tests {
             "{message}"
         );
         assert!(message.contains("learning_rate") && !message.contains("criterion"), "{message}");
+    }
+
+    #[test]
+    fn usual_short_names_are_understood() {
+        for (table, word, key) in [
+            ("prune", "lr", "learning_rate"),
+            ("train", "bs", "batch_size"),
+            ("train", "wd", "weight_decay"),
+            ("train", "batch", "batch_size"),
+            ("distill", "lr", "train.learning_rate"),
+            ("train", "beta", "beta1"),
+            ("train", "ep", "eps"),
+        ] {
+            let message = complaint(&format!("[{table}]\n{word} = 3\n"));
+            assert!(message.contains(&format!("did you mean `{key}`?")), "{word}: {message}");
+        }
     }
 
     #[test]

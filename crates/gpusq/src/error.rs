@@ -66,6 +66,8 @@ fn hint(source: &std::io::Error) -> &'static str {
             "; free some space or choose another --out, nothing was left half-written"
         }
         std::io::ErrorKind::NotFound => "; check the path",
+        std::io::ErrorKind::IsADirectory => "; this is a folder, give a file",
+        std::io::ErrorKind::NotADirectory => "; a part of the path is a file, check the path",
         std::io::ErrorKind::PermissionDenied => "; you may not read or write it, change its permissions",
         _ => "",
     }

@@ -22,6 +22,7 @@ pub mod reproduce;
 pub mod sparsity;
 pub mod spec;
 pub mod task;
+mod textfile;
 pub mod train;
 
 pub use error::{Error, Result};

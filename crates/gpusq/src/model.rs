@@ -15,12 +15,12 @@ use crate::config::CONFIG_FILE;
 use crate::format::atomic::write_file;
 pub use crate::format::packed::PACKED_FILE;
 use crate::format::packed::{pack_f16, pack_int8, read_packed, round_dense, write_packed};
-use crate::format::safetensors::{Checkpoint, check_finite, write_safetensors};
+use crate::format::safetensors::{Checkpoint, check_finite, write_checksummed};
 use crate::params::{Params, Weight};
 use crate::sparsity::Pattern;
 use crate::spec::{Head, Linear, TransformerSpec, is_step_size};
 use crate::task::{HeadKind, Task};
-use crate::{Error, Result};
+use crate::{Error, Result, textfile};
 
 /// What has been done to a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -109,6 +109,21 @@ pub(crate) const TOKENIZER_FILES: &[&str] = &[
     "special_tokens_map.json",
 ];
 
+/// Whether `dir` holds a finished model: its manifest, and weights that nobody has taken away since.
+pub fn is_complete(dir: &Path) -> bool {
+    let weights = ["model.safetensors", PACKED_FILE];
+    dir.join(MANIFEST_FILE).exists() && weights.iter().any(|file| dir.join(file).exists())
+}
+
+/// Takes back that the model in `dir` is finished, for whoever is about to make it again.
+pub(crate) fn reopen(dir: &Path) -> Result<()> {
+    let manifest = dir.join(MANIFEST_FILE);
+    match std::fs::remove_file(&manifest) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(manifest)(e)),
+        _ => Ok(()),
+    }
+}
+
 impl Model {
     /// Loads a model of any stage.
     ///
@@ -127,10 +142,14 @@ impl Model {
             || dir.join(PACKED_FILE).exists()
             || (dir.join(CONFIG_FILE).exists() && dir.join("config.json").exists());
         if unfinished && !dir.join(MANIFEST_FILE).exists() {
-            return Err(Error::file(
-                dir,
-                "holds a run that is not finished; continue it with --resume first",
-            ));
+            let message = match dir.join(PACKED_FILE).exists() {
+                true => format!(
+                    "has no {MANIFEST_FILE}, which says what the model is: copy it from where the folder came from, or \
+                     if the run that wrote the folder was not finished, continue it with --resume first"
+                ),
+                false => "holds a run that is not finished; continue it with --resume first".into(),
+            };
+            return Err(Error::file(dir, message));
         }
         if !dir.join("config.json").exists() {
             let message = match dir.join("quantized").is_dir() || dir.join("pruned").is_dir() {
@@ -235,7 +254,7 @@ impl Model {
                     continue;
                 }
                 return Err(Error::tensor(
-                    checkpoint.path(),
+                    checkpoint.path_of(&entry.theirs),
                     &entry.theirs,
                     "is missing; is this checkpoint of the architecture that config.json names?",
                 ));
@@ -244,10 +263,10 @@ impl Model {
             let dtype = checkpoint.info(theirs).expect("found by its name").dtype;
             if !matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
                 let found = format!("holds {dtype:?} elements; weights must be F32, F16 or BF16");
-                return Err(Error::tensor(checkpoint.path(), theirs, found));
+                return Err(Error::tensor(checkpoint.path_of(theirs), theirs, found));
             }
             let tensor = checkpoint.tensor(theirs)?;
-            check_finite(checkpoint.path(), theirs, &tensor)?;
+            check_finite(checkpoint.path_of(theirs), theirs, &tensor)?;
             // A bare BERT carries a trained pooler, which its specification has no place for until a task
             // gives it a classifier.
             let want = shapes.get(&entry.ours).cloned().unwrap_or_else(|| tensor.shape().to_vec());
@@ -259,14 +278,14 @@ impl Model {
                         tensor.shape(),
                         stored_shape(want, entry.layout)
                     );
-                    Error::tensor(checkpoint.path(), theirs, message)
+                    Error::tensor(checkpoint.path_of(theirs), theirs, message)
                 })?;
             self.params.insert(entry.ours, Weight::Dense(ours));
         }
         let quantized = self.stage == Stage::Quantized;
         if let Some(scale) = checkpoint.names().find(|n| n.starts_with("gpusq.")).filter(|_| !quantized) {
             return Err(Error::tensor(
-                checkpoint.path(),
+                checkpoint.path_of(scale),
                 scale,
                 self.other_stage("is a step size, which only a quantized model has"),
             ));
@@ -275,7 +294,8 @@ impl Model {
             for linear in self.spec.linears().iter().filter(|l| compressible(l).is_none()) {
                 let name = format!("{}.weight", linear.name);
                 let Some(Weight::Dense(value)) = self.params.remove(&name) else { continue };
-                let mask = two_four_mask(&value).map_err(|m| Error::tensor(checkpoint.path(), &name, m))?;
+                let mask =
+                    two_four_mask(&value).map_err(|m| Error::tensor(checkpoint.path_of(&name), &name, m))?;
                 let weight = if quantized {
                     let stored = format!("gpusq.{name}_scale");
                     let scale = read_scale(&checkpoint, &stored, linear.rows)?;
@@ -295,7 +315,7 @@ impl Model {
                 self.params.insert(ours, Weight::Dense(read_scale(&checkpoint, name, 1)?));
                 used.insert(name.to_string());
             }
-            self.check_scales(checkpoint.path())?;
+            self.check_scales(checkpoint.path_of("gpusq."))?;
         }
         self.unused = checkpoint.names().filter(|n| !used.contains(*n)).map(str::to_string).collect();
         Ok(())
@@ -387,7 +407,7 @@ impl Model {
                 }
             }
             let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
-            write_safetensors(dir.join("model.safetensors"), &tensors, &metadata)?;
+            write_checksummed(dir.join("model.safetensors"), &tensors, &metadata)?;
         }
         if let Some(from) = tokenizer.filter(|from| *from != dir) {
             for name in TOKENIZER_FILES {
@@ -472,10 +492,18 @@ impl Model {
     /// one with random weights (normal, standard deviation 0.02, from `seed`).
     ///
     /// # Errors
-    /// [`Error::Mismatch`] if the family has no such head here.
+    /// [`Error::File`] if the family has no such head here.
     pub fn set_head(&mut self, kind: HeadKind, seed: u64) -> Result<()> {
         let arch = arch::find(&self.config)?;
-        let missing = |what: &str| Error::Mismatch(format!("a {} model has no head for {what}", arch.name));
+        let missing = |what: &str, has: fn(&arch::Classes) -> &'static str| {
+            let others = arch::ARCHS.iter().filter(|a| !has(&a.classes).is_empty()).map(|a| a.name);
+            let others = others.collect::<Vec<_>>().join(", ");
+            let message = format!(
+                "models of the family `{}` have no head for {what} here; use one of {others}",
+                arch.name
+            );
+            Error::file(self.config.path(), message)
+        };
         let head = match kind {
             HeadKind::Classes(n) if !arch.classes.classify.is_empty() => {
                 Head::Classify { outputs: n, dense: arch.classifier }
@@ -484,8 +512,10 @@ impl Model {
                 Head::Classify { outputs: 1, dense: arch.classifier }
             }
             HeadKind::Span if !arch.classes.span.is_empty() => Head::Span,
-            HeadKind::Classes(_) | HeadKind::Value => return Err(missing("classification")),
-            HeadKind::Span => return Err(missing("question answering")),
+            HeadKind::Classes(_) | HeadKind::Value => {
+                return Err(missing("classification", |c| c.classify));
+            }
+            HeadKind::Span => return Err(missing("question answering", |c| c.span)),
         };
         if head != self.spec.head {
             let dense_stays = matches!(head, Head::Classify { .. });
@@ -523,8 +553,7 @@ impl Manifest {
         if !path.exists() {
             return Ok(None);
         }
-        let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-        Self::parse(&path, &text).map(Some)
+        Self::parse(&path, &textfile::text(&path)?).map(Some)
     }
 
     fn parse(path: &Path, text: &str) -> Result<Manifest> {
@@ -586,7 +615,7 @@ fn read_scale(checkpoint: &Checkpoint, name: &str, len: usize) -> Result<Tensor>
     let positive = t.dtype() == gpusq_tensor::DType::F32 && t.f32().iter().all(|&s| s > 0.0 && s.is_finite());
     if t.len() != len || !positive {
         let message = format!("must hold {len} positive step size(s), found {t:?}");
-        return Err(Error::tensor(checkpoint.path(), name, message));
+        return Err(Error::tensor(checkpoint.path_of(name), name, message));
     }
     Ok(t.reshape(&[len]))
 }

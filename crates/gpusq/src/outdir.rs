@@ -32,7 +32,18 @@ pub struct Held {
 pub fn check(out: &Path, resume: bool) -> Result<()> {
     let entries = match fs::read_dir(out) {
         Ok(entries) => entries,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            return match fs::read_link(out) {
+                Ok(to) => {
+                    let message = format!(
+                        "is a link to {}, which is not there; make that folder, or choose another --out",
+                        to.display()
+                    );
+                    Err(Error::file(out, message))
+                }
+                Err(_) => Ok(()),
+            };
+        }
         Err(e) if e.kind() == std::io::ErrorKind::NotADirectory => {
             return Err(Error::file(out, "is not a folder; choose another --out"));
         }
@@ -87,8 +98,15 @@ pub fn open(out: &Path, resume: bool, identity: &str, settings: &str) -> Result<
         check(out, resume)?;
     }
     let before = fs::read_to_string(&file).map_err(Error::io(&file))?;
-    if let Some((was, is)) = before.lines().zip(text.lines()).find(|(a, b)| a != b) {
-        let plain = |line: &str| line.trim_start_matches("# ").to_string();
+    let lines = || before.lines().zip(text.lines());
+    if let Some(at) = lines().position(|(a, b)| a != b) {
+        let table =
+            before.lines().take(at).filter_map(|line| line.strip_prefix('[')?.strip_suffix(']')).last();
+        let plain = |line: &str| match (line.strip_prefix("# "), table) {
+            (None, Some(table)) => format!("{table}.{line}"),
+            (comment, _) => comment.unwrap_or(line).to_string(),
+        };
+        let (was, is) = lines().nth(at).unwrap_or_default();
         let message = format!(
             "the run to resume has `{}`, this one `{}`; resume with the command and settings it was started with, \
              or choose another --out",
@@ -208,8 +226,30 @@ mod tests {
         drop(open(&out, true, "# a", "x = 1").unwrap());
         let error = open(&out, true, "# b", "x = 1").unwrap_err().to_string();
         assert!(error.contains("`a`, this one `b`"), "{error}");
+        let error = open(&out, true, "# a", "x = 2").unwrap_err().to_string();
+        assert!(error.contains("`x = 1`, this one `x = 2`"), "{error}");
         let error = open(&out, false, "# a", "x = 1").unwrap_err().to_string();
         assert!(error.contains("not empty"), "{error}");
+    }
+
+    #[test]
+    fn a_setting_that_differs_is_named_with_its_table() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("out");
+        let settings = "seed = 1\n\n[train]\nepochs = 2\n\n[prune]\n# Passes.\nepochs = 3\n";
+        drop(open(&out, false, "# a", settings).unwrap());
+        let error = open(&out, true, "# a", &settings.replace("= 3", "= 4")).unwrap_err().to_string();
+        assert!(error.contains("`prune.epochs = 3`, this one `prune.epochs = 4`"), "{error}");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_to_nothing_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("out");
+        std::os::unix::fs::symlink(dir.path().join("gone"), &out).unwrap();
+        let error = check(&out, false).unwrap_err().to_string();
+        assert!(error.contains("out: is a link to") && error.contains("gone"), "{error}");
     }
 
     #[test]

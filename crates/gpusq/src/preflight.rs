@@ -12,6 +12,7 @@ use crate::format::packed::beyond_f16;
 use crate::forward::Compute;
 use crate::model::{Model, compressible};
 use crate::params::Weight;
+use crate::report::bytes;
 use crate::spec::Stack;
 use crate::task::{Dataset, Tokenizer};
 use crate::{Error, Result};
@@ -135,17 +136,20 @@ pub fn preflight(
 /// Checks that every example of `data` can go through `model`.
 ///
 /// # Errors
-/// [`Error::Mismatch`]: a vocabulary that is too large, an example too long or empty.
+/// [`Error::File`] of the model's folder: a vocabulary that is too large. [`Error::Mismatch`]: an example too long,
+/// or none.
 pub fn check_fit(model: &Model, tokenizer: &Tokenizer, data: &[&Dataset]) -> Result<()> {
     let spec = &model.spec;
+    let folder = model.config.path().parent().unwrap_or(model.config.path());
     let largest =
         data.iter().flat_map(|d| &d.examples).flat_map(|e| &e.ids).max().copied().unwrap_or(0) as usize;
     if tokenizer.vocab_size() > spec.vocab || largest >= spec.vocab {
-        return Err(Error::Mismatch(format!(
+        let message = format!(
             "the tokenizer has {} entries and the model's vocabulary {}; use the tokenizer the model was trained with",
             tokenizer.vocab_size(),
             spec.vocab
-        )));
+        );
+        return Err(Error::file(folder, message));
     }
     let limit = spec.max_length();
     for d in data {
@@ -154,9 +158,10 @@ pub fn check_fit(model: &Model, tokenizer: &Tokenizer, data: &[&Dataset]) -> Res
         }
         let segment = d.examples.iter().flat_map(|e| &e.types).max().copied().unwrap_or(0) as usize;
         if let Some(types) = spec.stacks().map(|(_, s)| s.embed.types).find(|&t| t > 0 && segment >= t) {
-            return Err(Error::Mismatch(format!(
+            let message = format!(
                 "the tokenizer gives segment {segment} and the model has {types}; use the tokenizer the model was trained with"
-            )));
+            );
+            return Err(Error::file(folder, message));
         }
         if let Some(e) = d.examples.iter().find(|e| e.ids.len() > limit) {
             return Err(Error::Mismatch(format!(
@@ -201,28 +206,4 @@ fn physical_memory() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find(|l| l.starts_with("MemTotal:"))?;
     line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
-}
-
-/// Bytes for people: `1.5 GiB`.
-pub fn bytes(n: u64) -> String {
-    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let mut value = n as f64;
-    let mut unit = 0;
-    while value >= 1024.0 && unit + 1 < units.len() {
-        value /= 1024.0;
-        unit += 1;
-    }
-    if unit == 0 { format!("{n} B") } else { format!("{value:.1} {}", units[unit]) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::bytes;
-
-    #[test]
-    fn bytes_are_readable() {
-        assert_eq!(bytes(999), "999 B");
-        assert_eq!(bytes(1536), "1.5 KiB");
-        assert_eq!(bytes(3 << 30), "3.0 GiB");
-    }
 }

@@ -4,7 +4,7 @@
 //! Every run is an ordinary one in a folder of its own, `seed1/dense` or `seed1/gemm-kd`, with its own report. A
 //! finished one is recognised by that report and not repeated.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::compress::{self, Run};
 use crate::config::Config;
@@ -247,18 +247,19 @@ impl Reproduction<'_> {
         )
     }
 
-    /// Opens a run and says so; its record if it is finished.
+    /// Opens a run and says so; its record if it is finished and still has the `models` that are read from it.
     fn begin(
         &self,
         run: &Run,
         kind: &str,
         from: &Model,
         label: &str,
+        models: &[PathBuf],
         (number, of): (usize, usize),
         watch: &mut Watch,
     ) -> Result<(outdir::Held, Option<RunRecord>)> {
         let held = run.open(kind, from)?;
-        let record = run.finished()?;
+        let record = run.finished(models, &mut |e| watch(Event::Within(e)))?;
         let (seed, finished) = (run.config.seed, record.is_some());
         watch(Event::Run { number, of, seed, label, folder: run.out, finished });
         Ok((held, record))
@@ -271,7 +272,8 @@ impl Reproduction<'_> {
         let run = Run { config: &config, out: &out, ..self.base.clone() };
         let mut model = self.model.clone();
         model.set_task(run.task, seed)?;
-        let (_held, record) = self.begin(&run, "finetune", &model, DENSE, number, watch)?;
+        let (_held, record) =
+            self.begin(&run, "finetune", &model, DENSE, std::slice::from_ref(&out), number, watch)?;
         if let Some(record) = record {
             return Ok((Model::load(&out)?, record));
         }
@@ -292,7 +294,7 @@ impl Reproduction<'_> {
         let config = self.experiment.config(variant, self.base.config, seed)?;
         let out = self.base.out.join(folder(seed, variant.name));
         let run = Run { config: &config, out: &out, ..self.base.clone() };
-        let (_held, record) = self.begin(&run, "compress", dense, variant.label, number, watch)?;
+        let (_held, record) = self.begin(&run, "compress", dense, variant.label, &[], number, watch)?;
         let record = match record {
             Some(record) => record,
             None => {

@@ -13,6 +13,7 @@ use gpusq::task::TASKS;
 /// row's nor later ones. A new module gets its place here and its lines in ARCHITECTURE.md.
 const LAYERS: &[&[&str]] = &[
     &["error"],
+    &["textfile"],
     &["spec", "params", "sparsity", "task", "report"],
     &["arch", "format", "inputs", "config"],
     &["model"],

@@ -304,7 +304,17 @@ fn rule_17_codes_must_have_a_scale_for_each_row() {
 }
 
 #[test]
-fn rule_18_scales_must_be_positive_and_finite() {
+fn rule_18_scales_must_be_positive_and_not_too_large() {
+    let most = 65504.0f32 / 127.0;
+    read(&with(&[("q.weight.scale", Some(Tensor::from_f32(vec![1e-30, most], &[2])))]), &metadata("1"))
+        .unwrap();
+    let (value, mask) = (Tensor::full(&[1, 4], 1.0), Tensor::from_u8(vec![1, 1, 0, 0], &[1, 4]));
+    for x in [most.next_up(), 1e6, f32::MAX] {
+        let scale = Tensor::from_f32(vec![0.5, x], &[2]);
+        refused(&[("q.weight.scale", Some(scale))], "q.weight.scale", "is larger than 515.77");
+        let error = pack_int8(&value, &mask, &Tensor::scalar(x), "w").unwrap_err().to_string();
+        assert!(error.contains("`w`: row 0: scale") && error.contains("is larger than 515.77"), "{error}");
+    }
     for x in [0.0, -0.0, -1.0, f32::NAN, f32::INFINITY] {
         let scale = Tensor::from_f32(vec![0.5, x], &[2]);
         refused(&[("q.weight.scale", Some(scale))], "q.weight.scale", "row 1: ");
@@ -347,12 +357,73 @@ fn rule_23_activation_scales_must_be_one_positive_number() {
         for x in [0.0, -1.0] {
             refused(&[(name, Some(Tensor::scalar(x)))], name, "is not positive");
         }
+        refused(&[(name, Some(Tensor::scalar(3e36)))], name, "is larger than 2.67");
+        read(&with(&[(name, Some(Tensor::scalar(f32::MAX / 127.0)))]), &metadata("1")).unwrap();
         for shape in [&[][..], &[2], &[0]] {
             refused(&[(name, Some(Tensor::full(shape, 1.0)))], name, "has shape [1]");
         }
     }
     // Only the whole last part counts.
     read(&with(&[("my_input_scale", Some(Tensor::zeros(&[3])))]), &metadata("1")).unwrap();
+}
+
+/// The header and the elements of a file.
+fn parts(path: &Path) -> (String, Vec<u8>) {
+    let bytes = std::fs::read(path).unwrap();
+    let end = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    (String::from_utf8(bytes[8..end].to_vec()).unwrap(), bytes[end..].to_vec())
+}
+
+#[test]
+fn rule_24_a_checksum_must_be_that_of_its_tensor() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.gpusq.safetensors");
+    written(&model(), &path);
+    let (header, elements) = parts(&path);
+    let put = |header: &str, elements: &[u8]| {
+        std::fs::write(
+            &path,
+            [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), elements].concat(),
+        )
+        .unwrap();
+        read_packed(&path).map_err(|e| e.to_string())
+    };
+    let (params, metadata) = put(&header, &elements).unwrap();
+    assert!(!metadata.keys().any(|k| k.contains("crc32")), "{metadata:?}");
+
+    // Any one bit of any element.
+    let file = Checkpoint::open_file(&path).unwrap();
+    let names: Vec<String> = file.names().map(String::from).collect();
+    for at in 0..elements.len() {
+        let mut flipped = elements.clone();
+        flipped[at] ^= 1 << (at % 8);
+        let error = put(&header, &flipped).unwrap_err();
+        assert!(error.contains(path.to_str().unwrap()) && error.contains("; the file is damaged"), "{error}");
+        assert!(names.iter().any(|n| error.contains(&format!("`{n}`"))), "{error}");
+    }
+
+    // CRC-32 of zlib: that of these four bytes is known from elsewhere.
+    let scale = header.find("\"gpusq.crc32.a.input_scale\":\"").unwrap();
+    let digits = scale + "\"gpusq.crc32.a.input_scale\":\"".len();
+    assert_eq!(0.3f32.to_le_bytes(), [0x9a, 0x99, 0x99, 0x3e]);
+    assert_eq!(&header[digits..digits + 8], "6099715b");
+    for (from, to, reason) in [
+        (&header[digits..digits + 8], "00000000", "and 00000000 was written"),
+        (&header[digits..digits + 8], "0000000G", "8 hexadecimal digits"),
+        (&header[digits..digits + 8], "+0000000", "8 hexadecimal digits"),
+        ("gpusq.crc32.a.input_scale", "gpusq.crc32.a.input_scald", "is not there, but has a checksum"),
+    ] {
+        let error = put(&header.replacen(from, to, 1), &elements).unwrap_err();
+        assert!(error.contains("`a.input_scal") && error.contains(reason), "{error}");
+    }
+
+    // Files of early versions have none.
+    let mut json: serde_json::Value = serde_json::from_str(&header).unwrap();
+    let text = json["__metadata__"].as_object_mut().unwrap();
+    let before = text.len();
+    text.retain(|key, _| !key.starts_with("gpusq.crc32."));
+    assert_eq!(before - text.len(), names.len(), "one checksum a tensor");
+    assert_eq!(put(&json.to_string(), &elements).unwrap().0, params);
 }
 
 fn model() -> Params {
@@ -375,7 +446,7 @@ fn written(params: &Params, path: &Path) -> Vec<u8> {
 }
 
 #[test]
-fn rule_24_what_is_stored_must_be_of_the_stage() {
+fn rule_25_what_is_stored_must_be_of_the_stage() {
     let text = r#"{"model_type":"bert","architectures":["BertModel"],"vocab_size":24,"hidden_size":8,
         "num_hidden_layers":1,"num_attention_heads":2,"intermediate_size":16,"max_position_embeddings":8}"#;
     let config = gpusq::arch::Config::parse(Path::new("config.json"), text).unwrap();
@@ -488,10 +559,40 @@ fn the_writer_keeps_the_rules_too() {
     packed.scale = Some(Tensor::scalar(1.0));
     packed.cols = 8;
     refuses(Weight::Packed(packed), "does not fit 8 columns");
-    for key in ["format", "format_version"] {
+    for key in ["format", "format_version", "gpusq.crc32.embed"] {
         let metadata = [(key.to_string(), "1".to_string())].into();
         let error = write_packed(&path, &model(), &metadata).unwrap_err().to_string();
         assert!(error.contains(key), "{error}");
+    }
+}
+
+#[test]
+fn the_specification_lists_every_name() {
+    let text = include_str!("../../../FORMAT.md");
+    let sizes = r#""vocab_size":24,"hidden_size":8,"num_hidden_layers":1,"num_attention_heads":2"#;
+    let bart = r#""d_model":8,"encoder_layers":1,"decoder_layers":1,"encoder_attention_heads":2,
+        "decoder_attention_heads":2,"encoder_ffn_dim":16,"decoder_ffn_dim":16"#;
+    let mut names = std::collections::BTreeSet::new();
+    for (family, class, more) in [
+        ("bert", "BertForSequenceClassification", r#""intermediate_size":16,"type_vocab_size":2"#),
+        ("llama", "LlamaForCausalLM", r#""intermediate_size":16,"tie_word_embeddings":false"#),
+        ("opt", "OPTForCausalLM", r#""ffn_dim":16,"word_embed_proj_dim":4"#),
+        ("bart", "BartForConditionalGeneration", bart),
+    ] {
+        let json = format!(
+            r#"{{"model_type":"{family}","architectures":["{class}"],{sizes},"max_position_embeddings":8,{more}}}"#
+        );
+        let config = gpusq::arch::Config::parse(Path::new("config.json"), &json).unwrap();
+        let spec = (gpusq::arch::find(&config).unwrap().spec)(&config).unwrap();
+        let linears = spec.linears();
+        names.extend(spec.weights().into_iter().map(|(name, _)| name));
+        names.extend(linears.iter().map(|l| l.input_scale()));
+        assert!(linears.iter().all(|l| l.output_scale() == format!("{}.output_scale", l.name)));
+    }
+    assert!(names.len() > 60, "{names:?}");
+    for name in names {
+        let pattern = name.replace("encoder.", "STACK.").replace("decoder.", "STACK.").replace(".0.", ".N.");
+        assert!(text.contains(&format!("`{pattern}`")), "FORMAT.md does not have `{pattern}`");
     }
 }
 

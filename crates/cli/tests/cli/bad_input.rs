@@ -2,10 +2,14 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 
 use serde_json::Value;
 
-use crate::tiny::{compressed, copy, data, dense, killed, model, program, run, settings, train, tree};
+use crate::tiny::{
+    compressed, copy, data, dense, finish, killed, model, program, run, settings, train, tree,
+    without_checksums,
+};
 
 /// Inputs of a run, to be spoilt.
 struct Inputs {
@@ -18,6 +22,7 @@ impl Inputs {
     fn of(command: &str, from: &Path) -> Inputs {
         let dir = tempfile::tempdir().unwrap();
         copy(from, &dir.path().join("model"));
+        without_checksums(&dir.path().join("model"));
         copy(&data(), &dir.path().join("data"));
         fs::copy(settings(), dir.path().join("settings.toml")).unwrap();
         let mut args = train(command, &dir.path().join("model"), &dir.path().join("out"));
@@ -106,10 +111,10 @@ fn spoilt_weights_are_refused() {
     i.fails(1, &[WEIGHT, "F8_E4M3"]);
     let i = new();
     i.entry(WEIGHT, |t| t["shape"] = serde_json::json!([16, 64]));
-    i.fails(1, &[WEIGHT, "[16, 64]", "[32, 32]"]);
+    i.fails(1, &[i.path(file).to_str().unwrap(), WEIGHT, "[16, 64]", "[32, 32]"]);
     let i = new();
     i.header(|h| h.replacen(WEIGHT, "another", 1));
-    i.fails(1, &[WEIGHT, "missing"]);
+    i.fails(1, &[i.path(file).to_str().unwrap(), WEIGHT, "missing"]);
     let i = new();
     // The header as text: a JSON library would drop one of the two.
     i.header(|h| {
@@ -126,7 +131,7 @@ fn spoilt_weights_are_refused() {
         let at = 8 + len + header[WEIGHT]["data_offsets"][0].as_u64().unwrap() as usize + 12;
         bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
         fs::write(i.path(file), bytes).unwrap();
-        i.fails(1, &[WEIGHT, shown]);
+        i.fails(1, &[i.path(file).to_str().unwrap(), WEIGHT, shown]);
     }
 
     let i = new();
@@ -138,17 +143,23 @@ fn spoilt_weights_are_refused() {
 
 #[test]
 fn outputs_that_are_not_finite_have_no_score_and_no_training() {
+    // Values that are each allowed, and whose product is not finite.
     let huge = |i: &Inputs, file: &str| {
         let mut bytes = fs::read(i.path(file)).unwrap();
         let len = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
         let header: Value = serde_json::from_slice(&bytes[8..8 + len]).unwrap();
-        let name = ["bert.embeddings.LayerNorm.weight", "head.out.weight.scale"]
-            .into_iter()
-            .find(|n| header[n].is_object())
-            .unwrap();
-        let at = |k: usize| 8 + len + header[name]["data_offsets"][k].as_u64().unwrap() as usize;
-        let (from, to) = (at(0), at(1));
-        bytes[from..to].chunks_exact_mut(4).for_each(|b| b.copy_from_slice(&3e38f32.to_le_bytes()));
+        for (name, x) in [
+            ("bert.embeddings.LayerNorm.weight", 3e38f32),
+            ("head.out.weight.scale", 500.0),
+            ("head.out.input_scale", 2e36),
+        ] {
+            if !header[name].is_object() {
+                continue;
+            }
+            let at = |k: usize| 8 + len + header[name]["data_offsets"][k].as_u64().unwrap() as usize;
+            let (from, to) = (at(0), at(1));
+            bytes[from..to].chunks_exact_mut(4).for_each(|b| b.copy_from_slice(&x.to_le_bytes()));
+        }
         fs::write(i.path(file), bytes).unwrap();
     };
     for (from, file) in
@@ -165,6 +176,24 @@ fn outputs_that_are_not_finite_have_no_score_and_no_training() {
     let done = run(&i.args);
     done.fails(1, &[i.path("model").to_str().unwrap(), "at step 1", "own outputs"]);
     assert!(!done.stderr.contains("learning rate"), "{}", done.stderr);
+}
+
+#[test]
+fn a_flipped_bit_is_found_in_every_file_that_a_stage_leaves() {
+    let all = compressed();
+    let stages = ["pruned", "packed-fp16", "quantized", "packed"].map(|stage| all.join(stage));
+    for from in [dense()].iter().chain(&stages) {
+        let dir = tempfile::tempdir().unwrap();
+        copy(from, dir.path());
+        let names = ["model.safetensors", "model.gpusq.safetensors"];
+        let file = names.iter().map(|n| dir.path().join(n)).find(|f| f.exists()).unwrap();
+        let mut bytes = fs::read(&file).unwrap();
+        let last = bytes.len() - 3;
+        bytes[last] ^= 1;
+        fs::write(&file, bytes).unwrap();
+        let args = ["inspect", dir.path().to_str().unwrap(), "--json"].map(String::from);
+        run(&args).fails(1, &[file.to_str().unwrap(), "tensor `", "checksum", "copy it again"]);
+    }
 }
 
 #[test]
@@ -202,6 +231,12 @@ fn spoilt_configurations_and_vocabularies_are_refused() {
     i.replace(config, "1e-12", "-1");
     i.fails(1, &[i.path(config).to_str().unwrap(), "layer_norm_eps", "-1"]);
     let i = new();
+    fs::write(i.path(config), b"{\n\"model_type\": \"b\xe9rt\"}").unwrap();
+    i.fails(1, &[&format!("{}:2:", i.path(config).display()), "UTF-8"]);
+    fs::remove_file(i.path(config)).unwrap();
+    fs::create_dir(i.path(config)).unwrap();
+    i.fails(1, &[i.path(config).to_str().unwrap(), "give a file"]);
+    let i = new();
     fs::remove_file(i.path(config)).unwrap();
     i.fails(1, &[i.path("model").to_str().unwrap(), "config.json"]);
 
@@ -209,7 +244,13 @@ fn spoilt_configurations_and_vocabularies_are_refused() {
     let i = new();
     let words = fs::read_to_string(i.path(vocab)).unwrap();
     fs::write(i.path(vocab), words + "one\ntwo\n").unwrap();
-    i.fails(1, &["43 entries", "41", "tokenizer"]);
+    i.fails(1, &[i.path("model").to_str().unwrap(), "43 entries", "41", "tokenizer"]);
+    let inspect = ["inspect", i.path("model").to_str().unwrap(), "--json"].map(String::from);
+    let done = run(&inspect);
+    done.fails(1, &[i.path("model").to_str().unwrap(), "43 entries", "41"]);
+    assert_eq!(done.event("inspect")["tokenizer_entries"], 43, "what it found out is told all the same");
+    let plain = run(&inspect[..2]);
+    assert!(plain.code == Some(1) && plain.stdout.contains("2 layers"), "{}{}", plain.stdout, plain.stderr);
     let i = new();
     i.replace(vocab, "[CLS]", "[KLS]");
     i.fails(1, &[i.path(vocab).to_str().unwrap(), "[CLS]"]);
@@ -270,6 +311,16 @@ fn wrong_settings_are_refused() {
     more(&["--preset", "quik"]).fails(2, &["quik", "quick"]);
     more(&["--epochs", "many"]).fails(2, &["epochs", "many"]);
     more(&["--seed", "x"]).fails(2, &["seed", "x"]);
+    more(&["--seed", "-1"]).fails(2, &["`seed` is -1", "whole number from 0"]);
+    run(&["demo", "--seed", "-1", "--json"].map(String::from))
+        .fails(2, &["`seed` is -1", "whole number from 0"]);
+    let preset = ["--preset", "bert-base-glue"];
+    more(&preset).fails(1, &["the preset `bert-base-glue` is for", "128", "32", "--data.max-length 32"]);
+    more(&[&preset[..], &["--data.max-length", "64"]].concat())
+        .fails(1, &["data.max_length is 64", "at most 32"]);
+    let i = new();
+    i.replace("settings.toml", "[train]", "[data]\nmax_length = 64\n[train]");
+    i.fails(1, &["data.max_length is 64", "at most 32"]);
     more(&["--epoch", "1"]).fails(2, &["--epoch"]);
     more(&["--max-length", "4096"]).fails(2, &["--max-length"]);
     more(&["--data.max-length", "4096"]).fails(1, &["4096", "32"]);
@@ -281,6 +332,52 @@ fn wrong_settings_are_refused() {
     i.fails(1, &[i.path("data").to_str().unwrap(), "train-v1.1.json"]);
     let i = more(&["--config", "/does/not/exist.toml"]);
     i.fails(2, &["--config"]);
+    let i = new();
+    fs::write(i.path("settings.toml"), b"# \xe9\n").unwrap();
+    i.fails(1, &[&format!("{}:1:", i.path("settings.toml").display()), "UTF-8"]);
+    fs::remove_file(i.path("settings.toml")).unwrap();
+    fs::create_dir(i.path("settings.toml")).unwrap();
+    i.fails(1, &[i.path("settings.toml").to_str().unwrap(), "give a file"]);
+}
+
+#[test]
+fn a_byte_order_mark_changes_nothing() {
+    let mut i = Inputs::of("finetune", &model());
+    i.args.extend(["--max-steps", "1", "--checkpoint-every", "0"].map(String::from));
+    fs::write(i.path("model/tokenizer_config.json"), "{}").unwrap();
+    run(&i.args).ok();
+    fs::rename(i.path("out"), i.path("plain")).unwrap();
+    for name in [
+        "model/config.json",
+        "model/vocab.txt",
+        "model/tokenizer_config.json",
+        "data/dev.tsv",
+        "settings.toml",
+    ] {
+        let text = fs::read_to_string(i.path(name)).unwrap();
+        fs::write(i.path(name), format!("\u{feff}{text}")).unwrap();
+    }
+    run(&i.args).ok();
+    for name in ["model.safetensors", "config.json", "gpusq.toml"] {
+        assert!(
+            fs::read(i.path("out").join(name)).unwrap() == fs::read(i.path("plain").join(name)).unwrap(),
+            "{name}"
+        );
+    }
+    let manifest = i.path("out/gpusq.json");
+    fs::write(&manifest, format!("\u{feff}{}", fs::read_to_string(&manifest).unwrap())).unwrap();
+    run(&["inspect".into(), i.path("out").to_str().unwrap().into(), "--json".into()]).ok();
+}
+
+#[test]
+fn a_family_without_the_tasks_head_is_refused() {
+    let i = Inputs::of("finetune", &model());
+    let text = r#"{"model_type": "opt", "vocab_size": 41, "hidden_size": 8, "num_hidden_layers": 1, "ffn_dim": 8,
+        "num_attention_heads": 2, "max_position_embeddings": 16}"#;
+    let config = gpusq::arch::Config::parse(&i.path("model/config.json"), text).unwrap();
+    gpusq::model::Model::random(config, 1).unwrap().save(&i.path("model"), None).unwrap();
+    let config = i.path("model/config.json");
+    i.fails(1, &[config.to_str().unwrap(), "family `opt`", "no head for classification", "bert, distilbert"]);
 }
 
 #[test]
@@ -375,6 +472,12 @@ fn output_folders_in_use_are_refused() {
     let i = Inputs::of("finetune", &model());
     fs::write(i.path("out"), "a file").unwrap();
     i.fails(1, &[i.path("out").to_str().unwrap(), "not a folder"]);
+    #[cfg(unix)]
+    {
+        let i = Inputs::of("finetune", &model());
+        std::os::unix::fs::symlink(i.path("gone"), i.path("out")).unwrap();
+        run(&i.args).fails(1, &[i.path("out").to_str().unwrap(), "is a link to", "choose another --out"]);
+    }
     let i = Inputs::of("finetune", &model());
     fs::create_dir(i.path("out")).unwrap();
     run(&i.args).ok();
@@ -389,11 +492,11 @@ fn an_unfinished_run_is_not_a_model() {
         let i = Inputs::of("prune", &out);
         i.fails(1, &[i.path("model").to_str().unwrap(), "not finished", "--resume"]);
     }
-    // Stopped between the weights and the manifest, which comes last.
-    for from in [dense(), compressed().join("packed")] {
+    // Stopped between the weights and the manifest, which comes last, or copied without it.
+    for (from, more) in [(dense(), "holds a run"), (compressed().join("packed"), "has no gpusq.json")] {
         let i = Inputs::of("prune", &from);
         fs::remove_file(i.path("model/gpusq.json")).unwrap();
-        i.fails(1, &[i.path("model").to_str().unwrap(), "not finished", "--resume"]);
+        i.fails(1, &[i.path("model").to_str().unwrap(), "not finished", "--resume", more]);
     }
 }
 
@@ -446,10 +549,67 @@ fn eval_and_inspect_refuse_what_they_cannot_use() {
     run(&inspect).fails(1, &["is not 2:4"]);
 }
 
+#[cfg(unix)]
+#[test]
+fn arguments_that_are_no_text_are_refused() {
+    use std::os::unix::ffi::OsStrExt;
+    let odd = std::ffi::OsStr::from_bytes(b"b\xffd");
+    for words in
+        [&["inspect"][..], &["eval", "--data", "x", "--model"], &["demo", "--seed"], &["demo", "--"], &[]]
+    {
+        let words: Vec<String> = words.iter().map(|w| w.to_string()).collect();
+        let done = finish(program(&words).arg(odd));
+        assert_eq!((done.code, done.stdout.as_str()), (Some(2), ""), "{words:?}: {}", done.stderr);
+        assert!(done.stderr.starts_with("error: ") && !done.stderr.contains("panicked"), "{}", done.stderr);
+        // Before the odd one, which may end what is read as flags.
+        let json = [&words[..words.len().min(1)], &["--json".into()], &words[words.len().min(1)..]].concat();
+        finish(program(&json).arg(odd)).fails(2, &[]);
+    }
+}
+
+#[test]
+fn output_that_is_lost_is_an_error() {
+    let full = || std::fs::File::options().write(true).open("/dev/full");
+    if full().is_err() {
+        eprintln!("skipped: there is no /dev/full");
+        return;
+    }
+    let (dir, data) = (dense(), data());
+    let (dir, data) = (dir.to_str().unwrap(), data.to_str().unwrap());
+    for args in [
+        &["eval", "--model", dir, "--data", data][..],
+        &["inspect", dir, "--json"],
+        &["--help"],
+        &["--version"],
+        &["eval", "--help"],
+    ] {
+        let command = || program(&args.iter().map(|s| s.to_string()).collect::<Vec<_>>());
+        let done = finish(command().stdout(full().unwrap()));
+        assert_eq!(done.code, Some(1), "{args:?}: {}", done.stderr);
+        assert!(done.stderr.starts_with("error: standard output: "), "{}", done.stderr);
+        // Whoever closes the pipe has read enough.
+        let mut child = command().stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        drop(child.stdout.take());
+        let done = child.wait_with_output().unwrap();
+        assert_eq!((done.status.code(), done.stderr), (Some(0), Vec::new()), "{args:?}");
+    }
+}
+
+#[test]
+fn help_says_what_its_command_takes() {
+    let help = |command: &str| run(&[command.into(), "--help".into()]).stdout;
+    assert!(!help("demo").contains("resume"), "{}", help("demo"));
+    for command in ["finetune", "eval"] {
+        for part in ["Tasks:", "mnli", "squad", "--data.max-length"] {
+            assert!(help(command).contains(part), "{command}, {part}: {}", help(command));
+        }
+    }
+}
+
 #[test]
 fn the_command_line_explains_itself() {
     for (args, code) in [(&["--help"][..], 0), (&["compress", "--help"], 0), (&[], 2), (&["compact"], 2)] {
-        let done = crate::tiny::finish(&mut program(&args.iter().map(|s| s.to_string()).collect::<Vec<_>>()));
+        let done = finish(&mut program(&args.iter().map(|s| s.to_string()).collect::<Vec<_>>()));
         assert_eq!(done.code, Some(code), "{args:?}: {}", done.stderr);
     }
 }

@@ -151,6 +151,61 @@ fn a_finished_run_says_so_and_stays_as_it_is() {
 }
 
 #[test]
+fn what_was_taken_from_a_finished_run_is_made_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let whole = dir.path().join("whole");
+    let pruned = compressed().join("pruned");
+    run(&train("quantize", &pruned, &whole)).ok();
+    for (command, from, finished, gone, stages) in [
+        ("compress", dense(), compressed(), "packed", &[][..]),
+        ("compress", dense(), compressed(), "packed-fp16/model.gpusq.safetensors", &[]),
+        ("compress", dense(), compressed(), "quantized", &["2:4 INT8"]),
+        ("compress", dense(), compressed(), "pruned/model.safetensors", &["2:4"]),
+        ("quantize", pruned.clone(), whole.clone(), "packed/gpusq.json", &[]),
+        ("quantize", pruned, whole, "model.safetensors", &["2:4 INT8"]),
+        ("finetune", model(), dense(), "gpusq.json", &["dense"]),
+    ] {
+        let out = dir.path().join("out");
+        crate::tiny::copy(&finished, &out);
+        let path = out.join(gone);
+        if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) }.unwrap();
+        let done = run(&resumed(&train(command, &from, &out)));
+        done.ok();
+        let folder = if path.extension().is_some() { path.parent().unwrap() } else { &path };
+        let note = format!("no model is in {} any more: making it again", folder.display());
+        assert!(
+            done.events().iter().any(|e| e["text"].as_str().is_some_and(|t| t.contains(&note))),
+            "{}",
+            done.stdout
+        );
+        let trained: Vec<Value> = done.events().into_iter().filter(|e| e["event"] == "stage").collect();
+        assert_eq!(
+            trained.iter().map(|e| e["stage"].as_str().unwrap()).collect::<Vec<_>>(),
+            stages,
+            "{gone}"
+        );
+        assert_same(&out, &finished);
+        // The record counts what was spent before.
+        let wall = |dir: &Path| {
+            let record: Value =
+                serde_json::from_slice(&std::fs::read(dir.join("run.json")).unwrap()).unwrap();
+            assert_eq!(record["stages"].as_array().unwrap().len(), if command == "compress" { 3 } else { 1 });
+            (record["started"].clone(), record["wall_seconds"].as_f64().unwrap())
+        };
+        let (before, after) = (wall(&finished), wall(&out));
+        assert!(after.0 == before.0 && after.1 > before.1, "{before:?} {after:?}");
+        std::fs::remove_dir_all(out).unwrap();
+    }
+
+    // A report is written again from the record.
+    let out = dir.path().join("out");
+    crate::tiny::copy(&compressed(), &out);
+    std::fs::remove_file(out.join("report.html")).unwrap();
+    run(&resumed(&train("compress", &dense(), &out))).event("finished");
+    assert!(tree(&out) == tree(&compressed()));
+}
+
+#[test]
 fn resuming_another_run_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");
@@ -163,12 +218,13 @@ fn resuming_another_run_is_refused() {
     let toml = out.join("gpusq.toml");
     let file = toml.to_str().unwrap();
     run(&with(&["--learning-rate", "1e-4"]))
-        .fails(1, &[file, "learning_rate = 0.001", "learning_rate = 1e-4"]);
+        .fails(1, &[file, "`prune.learning_rate = 0.001`", "`prune.learning_rate = 1e-4`"]);
     run(&with(&["--seed", "3"])).fails(1, &[file, "seed = 42", "seed = 3"]);
     run(&resumed(&train("compress", &dense(), &out)))
         .fails(1, &[file, "command: prune", "command: compress"]);
     let other = dir.path().join("other");
     crate::tiny::copy(&dense(), &other);
+    crate::tiny::without_checksums(&other);
     let weights = other.join("model.safetensors");
     let mut bytes = std::fs::read(&weights).unwrap();
     // The lowest bit of the last weight.
@@ -183,6 +239,28 @@ fn resuming_another_run_is_refused() {
     before.remove("state/lock");
     assert!(after == before);
     run(&resumed(&args)).ok();
+}
+
+#[test]
+fn a_damaged_state_says_how_to_go_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let args = train("prune", &dense(), &out);
+    killed(&args, &out, &[&|e| e["event"] == "saved"]);
+    let state = out.join("state/train.safetensors");
+    let whole = std::fs::read(&state).unwrap();
+    let mut flipped = whole.clone();
+    *flipped.last_mut().unwrap() ^= 0x10;
+    for damaged in [&flipped, &whole[..whole.len() / 2]] {
+        std::fs::write(&state, damaged).unwrap();
+        let advice = "remove this file and run the command again with --resume";
+        run(&resumed(&args)).fails(1, &[state.to_str().unwrap(), advice]);
+    }
+    std::fs::remove_file(&state).unwrap();
+    let done = run(&resumed(&args));
+    done.ok();
+    assert_eq!(done.event("stage")["done"], 0);
+    crate::tiny::assert_same_stage(&out, &compressed().join("pruned"));
 }
 
 #[test]

@@ -89,8 +89,10 @@ fn later_commands_use_the_length_a_model_was_trained_with() {
     done.ok();
     assert_eq!(done.event("preflight")["preflight"]["longest"], 8);
     assert_eq!(eval(&pruned, "dev")["max_length"], 8);
-    let whole = ["--max-length", "32"].map(String::from);
-    assert_eq!(eval_with(&pruned, "dev", &whole)["max_length"], 32, "what is asked for comes first");
+    for flag in ["--max-length", "--data.max-length"] {
+        let whole = [flag, "32"].map(String::from);
+        assert_eq!(eval_with(&pruned, "dev", &whole)["max_length"], 32, "what is asked for comes first");
+    }
 
     // A manifest from before the length was kept: the task's own, as far as the model goes.
     let manifest = short.join("gpusq.json");
@@ -117,6 +119,8 @@ fn a_run_that_compresses_nothing_says_nothing_of_it() {
         args.extend(["--max-steps", "1"].map(String::from));
         let done = run(&args);
         assert_eq!(done.code, Some(0), "{}", done.stderr);
+        let units = |text: &str| text.contains("B of its memory and ") && !text.contains("iB");
+        assert!(units(&done.stdout), "the report's units: {}", done.stdout);
         said.push(done.stdout.contains("to compress") && done.stdout.contains("compresses: "));
         assert_eq!(done.stdout.contains("compress"), command == "prune", "{}", done.stdout);
     }
@@ -157,7 +161,7 @@ fn questions_are_counted_and_not_the_windows_they_are_read_in() {
         let asked: Vec<Value> = (0..n).map(|i| ask(&i.to_string())).collect();
         serde_json::json!({ "data": [{ "paragraphs": [{ "context": context, "qas": asked }] }] }).to_string()
     };
-    std::fs::write(data.join("train-v1.1.json"), file(5)).unwrap();
+    std::fs::write(data.join("train-v1.1.json"), format!("\u{feff}{}", file(5))).unwrap();
     std::fs::write(data.join("dev-v1.1.json"), file(3)).unwrap();
     let out = dir.path().join("out");
     let mut args = train("finetune", &model(), &out);
@@ -229,6 +233,21 @@ fn single_stages_give_what_all_of_them_together_give() {
         }
     }
     assert_eq!(tree(&quantized.join("packed")), tree(&all.join("packed")));
+}
+
+#[test]
+fn every_file_that_a_run_leaves_is_documented() {
+    let documents = [include_str!("../../../../README.md"), include_str!("../../../../FORMAT.md")].concat();
+    for name in tree(&compressed()).keys().chain(tree(&dense()).keys()) {
+        for part in name.split_terminator('/') {
+            assert!(
+                documents.contains(&format!("`{part}`"))
+                    || documents.contains(&format!("`{part}/`"))
+                    || documents.contains(&format!("`OUT/{part}`")),
+                "{name}"
+            );
+        }
+    }
 }
 
 #[test]

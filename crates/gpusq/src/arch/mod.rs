@@ -16,7 +16,7 @@ use gpusq_tensor::ops::activation::Activation;
 use serde_json::Value;
 
 use crate::spec::{Head, TransformerSpec};
-use crate::{Error, Result};
+use crate::{Error, Result, textfile};
 
 /// A model family.
 pub struct Arch {
@@ -129,8 +129,7 @@ impl Config {
     /// Reads `dir/config.json`.
     pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join("config.json");
-        let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-        Self::parse(&path, &text)
+        Self::parse(&path, &textfile::text(&path)?)
     }
 
     /// The file.

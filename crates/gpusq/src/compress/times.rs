@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::format::atomic::write_file;
 use crate::model::{STATE_DIR, Stage};
+use crate::report::RunRecord;
 use crate::{Error, Result};
 
 /// Kept in the run's `state/` until its report is written, and in no other file: what a run delivers does not
@@ -38,6 +39,18 @@ impl Times {
             }),
             Err(e) => Err(Error::io(path)(e)),
         }
+    }
+
+    /// Those of a run that is finished, as its record has them.
+    pub(super) fn of_finished(record: &RunRecord) -> Times {
+        // The record calls a stage by what the engine runs of it.
+        let title = |name: &str| match name {
+            "2:4 FP16" => Stage::Pruned.title().to_string(),
+            "2:4 INT8" => Stage::Quantized.title().to_string(),
+            other => other.to_string(),
+        };
+        let seconds = record.stages.iter().map(|s| (title(&s.name), s.wall_seconds));
+        Times { started: record.started.clone(), seconds: seconds.collect() }
     }
 
     /// Keeps them for a process that continues the run.

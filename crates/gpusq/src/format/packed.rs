@@ -9,7 +9,9 @@ use std::path::Path;
 use gpusq_tensor::ops::lsq;
 use gpusq_tensor::{DType, Tensor, f16};
 
-use crate::format::safetensors::{Checkpoint, Dtype, Stored, bad, check_finite, write_stored};
+use crate::format::safetensors::{
+    Checkpoint, Dtype, Stored, bad, check_finite, with_checksums, write_stored,
+};
 use crate::params::{Packed, Params, Weight};
 use crate::{Error, Result};
 
@@ -22,6 +24,10 @@ const VERSION: &str = "1";
 const VALUES: &str = ".values";
 const META: &str = ".meta";
 const SCALE: &str = ".scale";
+/// Largest step size of a weight's row: code 127 is then within f16, as every weight is that is stored in it.
+const MAX_WEIGHT_SCALE: f32 = 65504.0 / 127.0;
+/// Largest step size of an activation: code 127 is then a finite f32.
+const MAX_SITE_SCALE: f32 = f32::MAX / 127.0;
 
 /// Packs a pruned weight with f16 values: `value` f32 `[out, in]` rounded to nearest-even f16, `mask` u8
 /// `[out, in]` with 1 for kept elements. `name` is for errors.
@@ -46,7 +52,7 @@ pub fn pack_f16(value: &Tensor, mask: &Tensor, name: &str) -> Result<Packed> {
 /// errors.
 ///
 /// # Errors
-/// As [`pack_f16`]; also when a scale is not positive and finite.
+/// As [`pack_f16`]; also when a scale is not positive or too large for FORMAT.md.
 pub fn pack_int8(value: &Tensor, mask: &Tensor, scale: &Tensor, name: &str) -> Result<Packed> {
     let rows = value.rows();
     if scale.shape() != [rows] {
@@ -54,9 +60,8 @@ pub fn pack_int8(value: &Tensor, mask: &Tensor, scale: &Tensor, name: &str) -> R
         return Err(Error::Mismatch(message));
     }
     let steps = scale.f32();
-    if let Some(row) = steps.iter().position(|&s| !is_step(s)) {
-        let message = format!("weight `{name}`: row {row}: scale {} is not positive and finite", steps[row]);
-        return Err(Error::Mismatch(message));
+    if let Some((row, what)) = bad_row(steps) {
+        return Err(Error::Mismatch(format!("weight `{name}`: row {row}: scale {what}")));
     }
     let quantise = |row: usize, x: f32| {
         if x.is_finite() { Ok(lsq::code(x, steps[row]) as i8) } else { Err(format!("{x} has no INT8 code")) }
@@ -133,8 +138,20 @@ fn nibble(first: usize, second: usize) -> u8 {
     (first | second << 2) as u8
 }
 
-fn is_step(scale: f32) -> bool {
-    scale.is_finite() && scale > 0.0
+/// What is wrong with a step size that may be up to `max`, if anything is.
+fn bad_step(scale: f32, max: f32) -> Option<String> {
+    if !(scale.is_finite() && scale > 0.0) {
+        Some(format!("{scale} is not positive and finite"))
+    } else if scale > max {
+        Some(format!("{scale:?} is larger than {max:?}"))
+    } else {
+        None
+    }
+}
+
+/// The first row whose step size is wrong, and what is wrong with it.
+fn bad_row(scales: &[f32]) -> Option<(usize, String)> {
+    scales.iter().enumerate().find_map(|(row, &s)| Some((row, bad_step(s, MAX_WEIGHT_SCALE)?)))
 }
 
 /// The INT8 codes of a packed weight with the dropped ones as 0, row-major `[out, in]`. Panics if its values
@@ -196,8 +213,8 @@ fn check(packed: &Packed) -> std::result::Result<(), (&'static str, String)> {
             if scale.dtype() != DType::F32 || scale.shape() != [rows] {
                 return Err((SCALE, format!("{scale:?} should be F32[{rows}]")));
             }
-            if let Some(row) = scale.f32().iter().position(|&s| !is_step(s)) {
-                return Err((SCALE, format!("row {row}: {} is not positive and finite", scale.f32()[row])));
+            if let Some((row, what)) = bad_row(scale.f32()) {
+                return Err((SCALE, format!("row {row}: {what}")));
             }
             check_groups(packed, values.i8(), |x| match x {
                 -128 => Err("code -128 is outside -127..=127".into()),
@@ -270,8 +287,8 @@ fn check_dense(path: &Path, name: &str, tensor: &Tensor) -> Result<()> {
             let message = format!("an activation's scale has shape [1], not {:?}", tensor.shape());
             return Err(bad(path, name, message));
         }
-        if !is_step(tensor.item()) {
-            return Err(bad(path, name, format!("scale {} is not positive and finite", tensor.item())));
+        if let Some(what) = bad_step(tensor.item(), MAX_SITE_SCALE) {
+            return Err(bad(path, name, format!("scale {what}")));
         }
     }
     Ok(())
@@ -349,6 +366,7 @@ pub fn write_packed(
             }
         }
     }
+    let header = with_checksums(path, &stored, &header)?;
     write_stored(path, stored, &header)
 }
 

@@ -358,6 +358,16 @@ pub fn grouped(n: u64) -> String {
     out
 }
 
+/// Bytes for people: `1.5 kB`, in the decimal units of disks and file managers.
+pub fn bytes(n: u64) -> String {
+    match n {
+        0..1_000 => format!("{n} B"),
+        1_000..1_000_000 => format!("{:.1} kB", n as f64 / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.1} MB", n as f64 / 1e6),
+        _ => format!("{:.2} GB", n as f64 / 1e9),
+    }
+}
+
 /// The page for `record`: one HTML document (also well-formed XML) that needs nothing beside itself.
 pub fn render(record: &RunRecord) -> String {
     html::page(record)
@@ -540,6 +550,14 @@ mod tests {
         for (x, text) in cases {
             assert_eq!(fixed(x, 1), text, "{x}");
         }
+    }
+
+    #[test]
+    fn bytes_are_readable() {
+        assert_eq!(
+            ["999 B", "1.5 kB", "2.0 MB", "1.25 GB"],
+            [999, 1_500, 2_000_000, 1_250_000_000].map(bytes)
+        );
     }
 
     #[test]

@@ -13,7 +13,7 @@ use unicode_categories::UnicodeCategories;
 
 use super::tokenize::Pieces;
 use super::{Dataset, Example, HeadKind, Reader, Scores, Split, Target, Task, Tokenizer};
-use crate::{Error, Result};
+use crate::{Error, Result, textfile};
 
 /// SQuAD 1.1, and any file in its format.
 pub const SQUAD: Task = Task {
@@ -140,7 +140,7 @@ fn find(data: &Path, split: Split) -> Result<PathBuf> {
 }
 
 fn read(path: &Path) -> Result<Vec<Paragraph>> {
-    let bytes = std::fs::read(path).map_err(Error::io(path))?;
+    let bytes = textfile::bytes(path)?;
     if bytes.trim_ascii().is_empty() {
         return Err(Error::file(path, "is empty; get the file again"));
     }

@@ -14,7 +14,7 @@ use tokenizers::processors::roberta::RobertaProcessing;
 use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, Encoding, Token};
 
-use crate::{Error, Result};
+use crate::{Error, Result, textfile};
 
 /// A checkpoint's tokenizer: text in, ids with the special tokens of one text or of a pair out.
 ///
@@ -74,7 +74,7 @@ impl Tokenizer {
         let [whole, words, vocab, merges] =
             ["tokenizer.json", "vocab.txt", "vocab.json", "merges.txt"].map(|f| dir.join(f));
         if whole.is_file() {
-            let bytes = std::fs::read(&whole).map_err(Error::io(&whole))?;
+            let bytes = textfile::bytes(&whole)?;
             let cannot = |e: String| {
                 let message =
                     format!("not a tokenizer that can be read ({e}); copy it again from its source");
@@ -89,7 +89,7 @@ impl Tokenizer {
                 json.to_string().parse().map_err(|e: tokenizers::Error| cannot(e.to_string()))?;
             Self::new(inner, pad.as_deref()).map_err(|m| Error::file(&whole, m))
         } else if words.is_file() {
-            let bytes = std::fs::read(&words).map_err(Error::io(&words))?;
+            let bytes = textfile::bytes(&words)?;
             let flag = |name: &str| config.get(name).and_then(Value::as_bool);
             let normalizer = BertNormalizer::new(
                 true,
@@ -289,12 +289,14 @@ impl Frame {
 
 /// A JSON object, or `{}` if there is no such file.
 fn json_if_there(path: &Path) -> Result<Value> {
-    match std::fs::read(path) {
+    match textfile::bytes(path) {
         Ok(bytes) => {
             serde_json::from_slice(&bytes).map_err(|e| Error::file(path, format!("not valid JSON: {e}")))
         }
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Value::Object(Default::default())),
-        Err(e) => Err(Error::io(path)(e)),
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+            Ok(Value::Object(Default::default()))
+        }
+        Err(e) => Err(e),
     }
 }
 

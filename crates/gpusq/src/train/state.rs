@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::fit::Point;
 use crate::distill::Terms;
-use crate::format::safetensors::{Checkpoint, write_safetensors};
+use crate::format::safetensors::{Checkpoint, checksum, write_checksummed};
 use crate::params::{Params, Weight};
 use crate::spec::is_step_size;
 use crate::{Error, Result};
@@ -26,7 +26,11 @@ pub struct State {
 pub(super) const SCALE: &str = "#scale";
 
 /// What to do about a state that is damaged.
-const AGAIN: &str = "start the run again";
+const AGAIN: &str = "remove this file and run the command again with --resume, which starts the stage again";
+
+/// Metadata keys of the progress, as JSON, and of its checksum, which early versions did not write.
+const PROGRESS: &str = "progress";
+const PROGRESS_SUM: &str = "progress_crc32";
 
 /// How far a stage is.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -66,6 +70,19 @@ fn usable(kind: &str, name: &str, t: &Tensor) -> std::result::Result<(), &'stati
     if t.f32().iter().all(|&x| fine(x)) { Ok(()) } else { Err("holds values that no sound training leaves") }
 }
 
+/// A reader's error with what helps for a file that no one but this program makes or copies.
+fn made_here(error: Error) -> Error {
+    let instead = |message: String| {
+        let what = message.split_once(';').map_or(message.as_str(), |(what, _)| what);
+        format!("{what}; {AGAIN}")
+    };
+    match error {
+        Error::File { path, message } => Error::File { path, message: instead(message) },
+        Error::Tensor { path, name, message } => Error::Tensor { path, name, message: instead(message) },
+        other => other,
+    }
+}
+
 impl State {
     /// Writes weights and state, wherever they are, to `path`, replacing it whole.
     ///
@@ -93,17 +110,22 @@ impl State {
             tensors.push((format!("second/{name}"), m.second));
         }
         let progress = serde_json::to_string(&self.progress).expect("plain data serialises");
-        write_safetensors(path, &tensors, &BTreeMap::from([("progress".to_string(), progress)]))
+        let sum = checksum(progress.as_bytes());
+        let metadata = [(PROGRESS.to_string(), progress), (PROGRESS_SUM.to_string(), sum)];
+        write_checksummed(path, &tensors, &metadata.into())
     }
 
     /// Reads a state written by [`State::save`] into `params`, which holds the stage's starting weights.
     ///
     /// # Errors
-    /// A malformed file, or one of another model.
+    /// A malformed or damaged file, or one of another model.
     pub fn load(path: &Path, params: &mut Params) -> Result<State> {
-        let file = Checkpoint::open_file(path)?;
+        let file = Checkpoint::open_file(path).map_err(made_here)?;
         let text =
-            file.metadata().get("progress").ok_or_else(|| Error::file(path, "is not a training state"))?;
+            file.metadata().get(PROGRESS).ok_or_else(|| Error::file(path, "is not a training state"))?;
+        if file.metadata().get(PROGRESS_SUM).is_some_and(|sum| *sum != checksum(text.as_bytes())) {
+            return Err(Error::file(path, format!("its progress is not what was written; {AGAIN}")));
+        }
         let progress: Progress = serde_json::from_str(text)
             .map_err(|e| Error::file(path, format!("training progress does not parse: {e}; {AGAIN}")))?;
         if !progress.finite() {
@@ -111,7 +133,7 @@ impl State {
         }
         let get = |kind: &str, name: &str, like: &Tensor| -> Result<Tensor> {
             let full = format!("{kind}/{name}");
-            let t = file.raw(&full)?;
+            let t = file.raw(&full).map_err(made_here)?;
             if t.shape() != like.shape() || t.dtype() != like.dtype() {
                 let message = format!("is {t:?} where the model has {like:?}; this state is of another run");
                 return Err(Error::tensor(path, full, message));
@@ -206,6 +228,51 @@ mod tests {
         });
         assert!(error.contains("is of no weight of the model"), "{error}");
     }
+
+    #[test]
+    fn a_flipped_bit_anywhere_is_found_and_the_advice_is_to_start_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state");
+        let mut state = State::default();
+        state.progress.step = 70;
+        state.moments.insert("b.weight".into(), Moments::new(&Tensor::full(&[1, 4], 0.5)));
+        state.save(&path, &params()).unwrap();
+        let whole = std::fs::read(&path).unwrap();
+        State::load(&path, &mut params()).unwrap();
+        let header = 8 + u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
+        let step = whole.windows(2).position(|w| w == b"70").unwrap();
+        for at in (header..whole.len()).chain([step, step + 1]) {
+            for bit in [0, 3, 7] {
+                let mut bytes = whole.clone();
+                bytes[at] ^= 1 << bit;
+                std::fs::write(&path, bytes).unwrap();
+                let error = State::load(&path, &mut params()).unwrap_err().to_string();
+                assert!(error.contains(path.to_str().unwrap()), "{error}");
+                assert!(error.contains(AGAIN) || at < header, "byte {at}, bit {bit}: {error}");
+            }
+        }
+        for len in [0, 7, 100, header, whole.len() - 1] {
+            std::fs::write(&path, &whole[..len]).unwrap();
+            let error = State::load(&path, &mut params()).unwrap_err().to_string();
+            assert!(error.contains(AGAIN) && !error.contains("copy"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_state_of_an_early_version_has_no_checksums() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state");
+        let mut state = State::default();
+        state.progress.step = 70;
+        state.save(&path, &params()).unwrap();
+        let file = Checkpoint::open_file(&path).unwrap();
+        let tensors: Vec<_> = file.names().map(|n| (n.to_string(), file.raw(n).unwrap())).collect();
+        let mut metadata = file.metadata().clone();
+        assert!(metadata.remove(PROGRESS_SUM).is_some());
+        crate::format::safetensors::write_safetensors(&path, &tensors, &metadata).unwrap();
+        assert_eq!(State::load(&path, &mut params()).unwrap().progress, state.progress);
+    }
+
     #[test]
     fn a_loss_too_large_for_its_type_is_not_finite() {
         let point = Point { step: 1, terms: Terms::default(), learning_rate: 0.1 };

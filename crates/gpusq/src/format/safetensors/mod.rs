@@ -5,6 +5,7 @@
 //! reader needs the whole file in memory or mapped (`unsafe`), keeps the last of duplicate names, and does
 //! not say which tensor is wrong, so the header is read here. Elements are read when asked for.
 
+mod checksum;
 mod header;
 mod reader;
 #[cfg(test)]
@@ -17,10 +18,12 @@ use std::path::Path;
 use gpusq_tensor::{DType, Tensor, bf16, f16};
 
 pub use ::safetensors::Dtype;
+pub(crate) use checksum::checksum;
+pub(super) use checksum::with_checksums;
 pub use header::Info;
 pub use reader::{Checkpoint, parse_index};
-pub use writer::write_safetensors;
 pub(super) use writer::{Stored, write_stored};
+pub use writer::{write_checksummed, write_safetensors};
 
 use crate::{Error, Result};
 

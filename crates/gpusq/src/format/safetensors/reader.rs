@@ -11,9 +11,10 @@ use gpusq_tensor::{Tensor, bf16, f16};
 use half::slice::HalfFloatSliceExt;
 use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 
+use super::checksum::{self, Sum};
 use super::header::{Info, Unique, read_header};
 use super::{CHUNK, Dtype, MAX_HEADER, bad, one_line, shown};
-use crate::{Error, Result};
+use crate::{Error, Result, textfile};
 
 /// An opened checkpoint: one safetensors file, or the shards an index names. Its headers are checked;
 /// elements are read when asked for, from any thread.
@@ -37,6 +38,8 @@ struct Located {
     /// Position of the first element in the shard.
     begin: u64,
     info: Info,
+    /// What its bytes must sum to, where the file says so.
+    checksum: Option<u32>,
 }
 
 impl Checkpoint {
@@ -78,9 +81,12 @@ impl Checkpoint {
     }
 
     fn from_source(path: &Path, mut source: Box<dyn Source>) -> Result<Checkpoint> {
-        let header = read_header(path, &mut *source)?;
+        let mut header = read_header(path, &mut *source)?;
+        let there = |name: &str| header.tensors.contains_key(name);
+        let checksums = checksum::take(path, &mut header.metadata, there)?;
         let tensors = header.tensors.into_iter().map(|(name, (begin, info))| {
-            let located = Located { shard: 0, begin, info };
+            let checksum = checksums.get(&name).copied();
+            let located = Located { shard: 0, begin, info, checksum };
             (name, located)
         });
         Ok(Checkpoint {
@@ -159,7 +165,17 @@ impl Checkpoint {
         &self.path
     }
 
-    /// The free-form text of the header. With several shards, the first to have a key gives its value.
+    /// The file that holds the tensor `name` or, if there is none, where it would be: the only file, or the folder
+    /// of the shards.
+    pub fn path_of(&self, name: &str) -> &Path {
+        match (self.tensors.get(name), &self.shards[..]) {
+            (Some(at), shards) => &shards[at.shard].path,
+            (None, [only]) => &only.path,
+            (None, _) => &self.path,
+        }
+    }
+
+    /// The free-form text of the header, without checksums. With several shards, the first to have a key gives its value.
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
     }
@@ -178,7 +194,8 @@ impl Checkpoint {
     /// I32 become i32, I8 and U8 stay.
     ///
     /// # Errors
-    /// [`Error::Tensor`] when there is no such tensor, its type is another, or an I64 does not fit an i32;
+    /// [`Error::Tensor`] when there is no such tensor, its type is another, an I64 does not fit an i32, or its
+    /// bytes are not those of its checksum, where the file has one;
     /// [`Error::Io`] when the file cannot be read.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         let at = self.locate(name)?;
@@ -219,8 +236,8 @@ impl Checkpoint {
     /// The tensor `name` in the type the file has it in: F32, BF16, F16, I8, U8 or I32.
     ///
     /// # Errors
-    /// [`Error::Tensor`] when there is no such tensor or its type is another; [`Error::Io`] when the file
-    /// cannot be read.
+    /// [`Error::Tensor`] when there is no such tensor, its type is another, or its bytes are not those of its
+    /// checksum, where the file has one; [`Error::Io`] when the file cannot be read.
     pub fn raw(&self, name: &str) -> Result<Tensor> {
         let at = self.locate(name)?;
         let shape = &at.info.shape;
@@ -244,7 +261,7 @@ impl Checkpoint {
     fn locate(&self, name: &str) -> Result<&Located> {
         self.tensors.get(name).ok_or_else(|| {
             let message = format!("is missing; the checkpoint has {} tensors", self.tensors.len());
-            bad(&self.path, name, message)
+            bad(self.path_of(name), name, message)
         })
     }
 
@@ -274,6 +291,7 @@ impl Checkpoint {
         let mut position = at.begin;
         let mut out = Vec::with_capacity(count);
         let mut buffer = vec![0; left.min(CHUNK)];
+        let mut sum = Sum::default();
         while left > 0 {
             let bytes = &mut buffer[..left.min(CHUNK)];
             {
@@ -287,11 +305,18 @@ impl Checkpoint {
                     },
                 )?;
             }
+            if at.checksum.is_some() {
+                sum.add(bytes);
+            }
             decode(bytes, &mut out).map_err(|message| bad(&shard.path, name, message))?;
             position += bytes.len() as u64;
             left -= bytes.len();
         }
-        Ok(out)
+        let found = sum.value();
+        match at.checksum.filter(|stored| *stored != found) {
+            Some(stored) => Err(checksum::differs(&shard.path, name, stored, found)),
+            None => Ok(out),
+        }
     }
 }
 
@@ -339,7 +364,7 @@ pub fn parse_index(path: impl AsRef<Path>, bytes: &[u8]) -> Result<BTreeMap<Stri
     }
 
     let path = path.as_ref();
-    let Index(weight_map) = serde_json::from_slice(bytes)
+    let Index(weight_map) = serde_json::from_slice(textfile::unmarked(bytes))
         .map_err(|e| Error::file(path, format!("is not a checkpoint's index: {}", one_line(e))))?;
     if weight_map.is_empty() {
         return Err(Error::file(path, "names no tensors in `weight_map`"));

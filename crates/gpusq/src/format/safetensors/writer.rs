@@ -6,7 +6,7 @@ use std::path::Path;
 
 use gpusq_tensor::{DType, Tensor, f16};
 
-use super::{CHUNK, Dtype, MAX_HEADER, METADATA, bad};
+use super::{CHUNK, Dtype, MAX_HEADER, METADATA, bad, with_checksums};
 use crate::format::atomic::write_file;
 use crate::{Error, Result};
 
@@ -24,8 +24,25 @@ pub fn write_safetensors(
     tensors: &[(String, Tensor)],
     metadata: &BTreeMap<String, String>,
 ) -> Result<()> {
-    let stored = tensors.iter().map(|(name, t)| Stored { name: name.clone(), tensor: t, dtype: t.dtype() });
-    write_stored(path.as_ref(), stored.collect(), metadata)
+    write_stored(path.as_ref(), as_they_are(tensors), metadata)
+}
+
+/// [`write_safetensors`] with a checksum of each tensor in the metadata, which reading compares.
+///
+/// # Errors
+/// As there; [`Error::File`] for a metadata key that looks like a checksum's.
+pub fn write_checksummed(
+    path: impl AsRef<Path>,
+    tensors: &[(String, Tensor)],
+    metadata: &BTreeMap<String, String>,
+) -> Result<()> {
+    let (path, tensors) = (path.as_ref(), as_they_are(tensors));
+    let metadata = with_checksums(path, &tensors, metadata)?;
+    write_stored(path, tensors, &metadata)
+}
+
+fn as_they_are(tensors: &[(String, Tensor)]) -> Vec<Stored<'_>> {
+    tensors.iter().map(|(name, t)| Stored { name: name.clone(), tensor: t, dtype: t.dtype() }).collect()
 }
 
 /// A tensor to write; one of f32 may be stored as F16, rounded on its way out.
