@@ -59,7 +59,7 @@ pub(crate) fn command() -> Command {
         .subcommand(
             Command::new("eval")
                 .about("Score a model of any stage; packed ones run in the engine")
-                .args([model(), task().required(false), data(), split(), device(), precision(), json()])
+                .args([model(), task().required(false), data(), split(), device(), json()])
                 .arg(Arg::new("max-length").long("max-length").visible_alias("data.max-length").value_name("TOKENS").value_parser(value_parser!(usize)).help("Longest input (default: as the model was trained, or the task's own)"))
                 .arg(Arg::new("batch-size").long("batch-size").value_name("N").value_parser(value_parser!(u16).range(1..)).default_value("32").help("Examples at a time"))
                 .after_help(tasks),

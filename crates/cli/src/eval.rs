@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::ArgMatches;
-use gpusq::config::Config;
+use gpusq::config::Precision;
 use gpusq::evaluate::predict;
 use gpusq::preflight::check_fit;
 use gpusq::task::{Split, one_class, task};
@@ -18,11 +18,8 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
     let split: Split = m.get_one::<String>("split").expect("has a default").parse()?;
     // A task that does not exist is found before a model is downloaded.
     m.get_one::<String>("task").map(|name| task(name)).transpose()?;
-    let mut settings = Config::default();
-    if let Some(v) = m.get_one::<String>("precision") {
-        settings.set("precision", v)?;
-    }
-    let (compute, _) = args::compute(m, settings.precision)?;
+    // As a run scores its models.
+    let (compute, _) = args::compute(m, Precision::F32)?;
     let dir = args::model_dir(m)?;
     let (model, tokenizer) = args::load_model(&dir)?;
     let name = m.get_one::<String>("task").or(model.task.as_ref()).ok_or_else(|| {

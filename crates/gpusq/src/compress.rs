@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use gpusq_tensor::ops::masked::MaskGradient;
-use gpusq_tensor::{Device, Tape, Tensor};
+use gpusq_tensor::{DType, Device, Tape, Tensor};
 
 use crate::config::{self, Config, Site};
 use crate::distill::Mix;
@@ -223,12 +223,15 @@ impl Run<'_> {
         out
     }
 
-    /// Scores a model of any stage, and says whether it put all examples into one class.
+    /// Scores a model of any stage, and says whether it put all examples into one class. In f32, whatever it was
+    /// trained in: that is what the engine computes in between its integers, and bf16's rounding alone moves scores
+    /// by up to a point and a half.
     ///
     /// # Errors
     /// What the engine says of a packed model it cannot run.
     pub fn score(&self, model: &Model, name: &str, watch: &mut Watch) -> Result<(Scores, bool)> {
-        let outputs = predict(model, self.dev, EVAL_BATCH, self.pad(), self.compute, &mut |_| {})?;
+        let compute = Compute { element: DType::F32, ..self.compute };
+        let outputs = predict(model, self.dev, EVAL_BATCH, self.pad(), compute, &mut |_| {})?;
         let scores = self.dev.score(&outputs);
         watch(Event::Scored { name, scores: &scores });
         let one_class = one_class(self.dev, &outputs);

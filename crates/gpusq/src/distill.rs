@@ -7,7 +7,7 @@ use gpusq_tensor::ops::kl_divergence::kl_divergence;
 use gpusq_tensor::ops::mse::mse;
 use gpusq_tensor::ops::select::select_column;
 use gpusq_tensor::ops::weighted_sum::weighted_sum;
-use gpusq_tensor::{Device, Tape, Tensor, Var};
+use gpusq_tensor::{Device, Flags, Tape, Tensor, Var};
 
 use crate::forward::{Output, TapSet, Tokens};
 
@@ -196,7 +196,7 @@ pub fn loss(
         if mix.beta != 0.0 {
             let mine = predictions(tape, &student.logits, targets, tokens);
             let counts = match targets {
-                Targets::Tokens(l) => Some(l.iter().map(|&l| l >= 0).collect::<Vec<bool>>()),
+                Targets::Tokens(l) => Some(Flags::from(l.iter().map(|&l| l >= 0).collect::<Vec<bool>>())),
                 _ => None,
             };
             let each = 1.0 / mine.len() as f32;
@@ -207,7 +207,7 @@ pub fn loss(
                     let term = match targets {
                         // One number has no distribution; its distance to the teacher's stands in.
                         Targets::Values(_) => mse(tape, s, t, None),
-                        _ => kl_divergence(tape, s, t, mix.temperature, counts.as_deref()),
+                        _ => kl_divergence(tape, s, t, mix.temperature, counts.as_ref()),
                     };
                     (each, term)
                 })
@@ -229,6 +229,7 @@ pub fn loss(
 /// Sum over tapped features of their mean squared error, plus that of the final projection.
 fn feature_loss(tape: &Tape, student: &Output, teacher: &Output, tokens: &Tokens) -> Var {
     let mut parts = Vec::new();
+    let mask = tokens.mask.as_deref().map(Flags::from);
     for (name, mine) in &student.taps {
         // Embeddings are not a block, and the last hidden states are the last block's output normalised.
         if name.ends_with(".embed") || name.ends_with(".last") {
@@ -236,11 +237,11 @@ fn feature_loss(tape: &Tape, student: &Output, teacher: &Output, tokens: &Tokens
         }
         let theirs = teacher.taps[name].value();
         // Positions of a decoder's target and of its source differ; each has its own mask.
-        let mask = tokens.mask.as_deref().filter(|m| m.len() == theirs.rows());
+        let mask = mask.as_ref().filter(|m| m.len() == theirs.rows());
         parts.push((1.0, mse(tape, mine, theirs, mask)));
     }
     let (mine, theirs) = (&student.logits, teacher.logits.value());
-    let mask = tokens.mask.as_deref().filter(|m| m.len() == theirs.rows());
+    let mask = mask.as_ref().filter(|m| m.len() == theirs.rows());
     parts.push((1.0, mse(tape, mine, theirs, mask)));
     weighted_sum(tape, &parts)
 }

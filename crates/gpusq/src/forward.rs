@@ -8,7 +8,7 @@ use std::fmt;
 
 use gpusq_tensor::ops::activation::activation;
 use gpusq_tensor::ops::add::add;
-use gpusq_tensor::ops::attention::attention;
+use gpusq_tensor::ops::attention::{Attention, attention};
 use gpusq_tensor::ops::cast::cast;
 use gpusq_tensor::ops::dropout::dropout;
 use gpusq_tensor::ops::embedding::{Lookup, embedding};
@@ -16,7 +16,7 @@ use gpusq_tensor::ops::gated::gated_silu;
 use gpusq_tensor::ops::layer_norm::layer_norm;
 use gpusq_tensor::ops::linear::{linear, linear_as, quantized_linear};
 use gpusq_tensor::ops::lsq::{self, Quantized};
-use gpusq_tensor::ops::masked::{MaskGradient, masked};
+use gpusq_tensor::ops::masked::{MaskGradient, multiplied};
 use gpusq_tensor::ops::rms_norm::rms_norm;
 use gpusq_tensor::ops::rotary::{RotaryTable, rotary};
 use gpusq_tensor::ops::select::select_rows;
@@ -115,19 +115,23 @@ impl Bound {
     /// Puts `params` on `tape`, for `compute`. A bound inference tape may serve any number of forwards.
     pub fn new(tape: &Tape, params: &Params, gradient: MaskGradient, compute: Compute) -> Self {
         let Compute { device, element } = compute;
+        // What activations are multiplied with and added to, to be made at once; tables and norms stay f32.
+        let (mut names, mut weights) = (Vec::new(), Vec::new());
         let leaves = params.iter().map(|(name, w)| {
             let leaf = match w {
                 Weight::Dense(t) => {
                     let raw = tape.leaf(t.to(device));
-                    // Activations are multiplied with these; tables, norms and biases stay f32.
-                    let multiplied = name.ends_with(".weight") && t.shape().len() == 2;
-                    let effective = if multiplied { cast(tape, &raw, element) } else { raw.clone() };
-                    Leaf { effective: Effective::Plain(effective), raw, scale: None }
+                    if name.ends_with(".weight") && t.shape().len() == 2 || plain_bias(params, name) {
+                        names.push(name);
+                        weights.push((raw.clone(), None));
+                    }
+                    Leaf { effective: Effective::Plain(raw.clone()), raw, scale: None }
                 }
                 Weight::Masked { value, mask } => {
                     let raw = tape.leaf(value.to(device));
-                    let effective = masked(tape, &raw, &mask.to(device), gradient, element);
-                    Leaf { effective: Effective::Plain(effective), raw, scale: None }
+                    names.push(name);
+                    weights.push((raw.clone(), Some(mask.to(device))));
+                    Leaf { effective: Effective::Plain(raw.clone()), raw, scale: None }
                 }
                 Weight::Fake { value, mask, scale } => {
                     let (raw, scale) = (tape.leaf(value.to(device)), tape.leaf(scale.to(device)));
@@ -138,7 +142,11 @@ impl Bound {
             };
             (name.to_string(), leaf)
         });
-        Bound { leaves: leaves.collect(), element }
+        let mut leaves: BTreeMap<String, Leaf> = leaves.collect();
+        for (name, w) in names.iter().zip(multiplied(tape, &weights, gradient, element)) {
+            leaves.get_mut(*name).expect("made above").effective = Effective::Plain(w);
+        }
+        Bound { leaves, element }
     }
 
     /// Takes the gradients of every weight: `(name, gradient, step-size gradient)`. A weight the loss does
@@ -166,6 +174,17 @@ impl Bound {
             Effective::Quantized(_) => panic!("`{name}` is quantised where only a dense weight can be"),
         }
     }
+}
+
+/// Whether `name` is the bias of a linear map that is not quantised, other than the last one, whose output is f32.
+fn plain_bias(params: &Params, name: &str) -> bool {
+    let weight = name.strip_suffix(".bias").and_then(|map| params.get(&format!("{map}.weight")));
+    let plain = match weight {
+        Some(Weight::Dense(w)) => w.shape().len() == 2,
+        Some(Weight::Masked { .. }) => true,
+        _ => false,
+    };
+    plain && name != "head.out.bias"
 }
 
 /// A tensor that linear maps read: as it is, and quantised if its maps are.
@@ -305,26 +324,21 @@ impl Forward<'_> {
             }
             Positions::Learned { .. } => None,
         };
+        let own = attention_of(s, tokens, tokens, s.causal, self.pattern);
+        let cross = source.filter(|_| s.cross).map(|(encoded, source)| {
+            (encoded, attention_of(s, tokens, source, false, self.pattern))
+        });
         for i in 0..s.layers {
             let at = format!("{name}.{i}");
             x = self.sublayer(&format!("{at}.attn.norm"), s, &x, |x| {
                 let input = self.input(&format!("{at}.attn"), x);
-                self.attend(
-                    &format!("{at}.attn"),
-                    s,
-                    &input,
-                    &input,
-                    tokens,
-                    tokens,
-                    s.causal,
-                    table.as_ref(),
-                )
+                self.attend(&format!("{at}.attn"), s, &input, &input, &own, table.as_ref())
             });
-            if let (true, Some((encoded, source))) = (s.cross, source) {
+            if let Some((encoded, how)) = &cross {
                 x = self.sublayer(&format!("{at}.cross.norm"), s, &x, |x| {
                     let q = self.input(&format!("{at}.cross.q"), x);
                     let kv = self.input(&format!("{at}.cross.kv"), encoded);
-                    self.attend(&format!("{at}.cross"), s, &q, &kv, tokens, source, false, None)
+                    self.attend(&format!("{at}.cross"), s, &q, &kv, how, None)
                 });
             }
             x = self.sublayer(&format!("{at}.ffn.norm"), s, &x, |x| {
@@ -369,9 +383,7 @@ impl Forward<'_> {
         s: &Stack,
         q_input: &Input,
         kv_input: &Input,
-        queries: &Tokens,
-        keys: &Tokens,
-        causal: bool,
+        how: &Attention,
         rotation: Option<&(RotaryTable, Vec<u32>)>,
     ) -> Var {
         let mut q = self.linear(&format!("{at}.q"), q_input, s.qkv_bias);
@@ -381,8 +393,7 @@ impl Forward<'_> {
             q = rotary(self.tape, &q, positions, table);
             k = rotary(self.tape, &k, positions, table);
         }
-        let how = attention_of(s, queries, keys, causal, self.pattern);
-        let y = attention(self.tape, &q, &k, &v, &how);
+        let y = attention(self.tape, &q, &k, &v, how);
         self.tap(self.want.attention, || format!("{at}.context"), &y);
         self.linear(&format!("{at}.o"), &self.input(&format!("{at}.o"), &y), s.bias)
     }

@@ -1,5 +1,6 @@
 //! What a model reads, and what the training forward and the engine both derive from it.
 
+use gpusq_tensor::Flags;
 use gpusq_tensor::ops::attention::Attention;
 
 use crate::sparsity::Pattern;
@@ -56,7 +57,7 @@ pub(crate) fn position_rows(tokens: &Tokens, numbering: Numbering, pad: Option<u
     out
 }
 
-/// The attention of stack `s` from `queries` to `keys`.
+/// The attention of stack `s` from `queries` to `keys`. Its mask goes to a GPU once: make it once for all layers.
 pub(crate) fn attention_of(
     s: &Stack,
     queries: &Tokens,
@@ -72,7 +73,7 @@ pub(crate) fn attention_of(
         kv_heads: s.kv_heads,
         scale: 1.0 / (s.head_dim as f32).sqrt(),
         causal,
-        key_mask: keys.mask.clone(),
+        key_mask: keys.mask.as_deref().map(Flags::from),
         pattern: pattern.map(|p| (p.keep, p.of)),
         dropout: s.dropout.attention,
     }

@@ -5,6 +5,7 @@
 
 mod cpu;
 pub mod cuda;
+mod flags;
 mod optim;
 mod pool;
 mod tape;
@@ -12,6 +13,7 @@ mod tensor;
 
 pub mod ops;
 
+pub use flags::Flags;
 pub use half::{bf16, f16};
 pub use optim::{AdamW, Moments, Slot, Update, normal};
 pub use tape::{Grads, Tape, Var};

@@ -48,13 +48,21 @@ impl<'a> Operand<'a> {
     }
 }
 
-/// `c = alpha * a b + beta * c` with `a` `[m, k]`, `b` `[k, n]` of one type, `c` `[m, n]`; sums are f32. With a `bias`
+/// What a product is multiplied by.
+#[derive(Clone, Copy)]
+pub(crate) enum Factor<'a> {
+    Host(f32),
+    /// f32 `[1]` that the host does not know.
+    Gpu(&'a Tensor),
+}
+
+/// `c = alpha * a b + beta * c`, with `a` `[m, k]`, `b` `[k, n]` of one type, `c` `[m, n]`; sums are f32. With a `bias`
 /// `[n]` of the type of `c`, that is added to every row.
 pub(crate) struct Product<'a> {
     pub(crate) m: usize,
     pub(crate) n: usize,
     pub(crate) k: usize,
-    pub(crate) alpha: f32,
+    pub(crate) alpha: Factor<'a>,
     pub(crate) a: Operand<'a>,
     pub(crate) b: Operand<'a>,
     pub(crate) beta: f32,
@@ -72,6 +80,8 @@ struct Shape {
     b: (usize, bool),
     c: usize,
     accumulate: bool,
+    /// Whether the factors are read from GPU memory.
+    on_gpu: bool,
     bias: bool,
     /// Of the operands and of the result.
     dtypes: (DType, DType),
@@ -89,6 +99,8 @@ struct Plan {
 pub(super) struct Blas {
     handle: sys::cublasLtHandle_t,
     workspace: Memory,
+    /// Two floats, for products whose factors are on the GPU.
+    zero_and_one: Memory,
     plans: Mutex<HashMap<Shape, Plan>>,
 }
 
@@ -109,7 +121,7 @@ impl Blas {
             });
         }
         let handle = result::create_handle().map_err(|e| failed(gpu, "open cuBLASLt", e))?;
-        Ok(Blas { handle, workspace: gpu.allocate(WORKSPACE), plans: Mutex::default() })
+        Ok(Blas { handle, workspace: gpu.allocate(WORKSPACE), zero_and_one: gpu.upload(&[0.0f32, 1.0]), plans: Mutex::default() })
     }
 
     pub(super) fn multiply(&self, gpu: Gpu, p: &Product) -> Result<(), CudaError> {
@@ -122,6 +134,7 @@ impl Blas {
             b: (p.b.stride, p.b.transposed),
             c: p.c.stride,
             accumulate: p.beta != 0.0,
+            on_gpu: matches!(p.alpha, Factor::Gpu(_)),
             bias: p.bias.is_some(),
             dtypes: (p.a.dtype, p.c.dtype),
         };
@@ -137,6 +150,14 @@ impl Blas {
             return Ok(());
         }
         let bias = p.bias.map_or(0, |b| b.memory().at);
+        let (alpha, beta) = match p.alpha {
+            Factor::Host(ref alpha) => ((&raw const *alpha).cast(), (&raw const p.beta).cast()),
+            Factor::Gpu(t) => {
+                assert!(p.beta == 0.0 || p.beta == 1.0, "a factor of {} for what is there", p.beta);
+                let beta = self.zero_and_one.at + p.beta as u64 * size_of::<f32>() as u64;
+                (t.memory().at as *const c_void, beta as *const c_void)
+            }
+        };
         // SAFETY: descriptors live as long as the plan, which the lock keeps for this call, and the bias' address is a
         // pointer; the operands are live memory of this stream.
         unsafe {
@@ -152,8 +173,8 @@ impl Blas {
             result::matmul(
                 self.handle,
                 plan.description,
-                (&raw const p.alpha).cast(),
-                (&raw const p.beta).cast(),
+                alpha,
+                beta,
                 p.b.address() as *const c_void,
                 plan.a,
                 p.a.address() as *const c_void,
@@ -200,6 +221,18 @@ impl Blas {
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
         set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, s.b.1)?;
         set(Attribute::CUBLASLT_MATMUL_DESC_TRANSB, s.a.1)?;
+        if s.on_gpu {
+            let mode = sys::cublasLtPointerMode_t::CUBLASLT_POINTER_MODE_DEVICE;
+            // SAFETY: the attribute is this enum.
+            unsafe {
+                result::set_matmul_desc_attribute(
+                    description,
+                    Attribute::CUBLASLT_MATMUL_DESC_POINTER_MODE,
+                    (&raw const mode).cast(),
+                    size_of_val(&mode),
+                )?;
+            }
+        }
         if s.bias {
             let epilogue = sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS;
             // SAFETY: the attribute is this enum.

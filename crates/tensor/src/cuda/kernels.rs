@@ -186,23 +186,33 @@ fn write(file: &PathBuf, cubin: &[u8]) -> std::io::Result<()> {
 
 /// Compiles `source` for `target`; the error has the compiler's log.
 pub(super) fn compile(variant: &Variant, target: &str) -> Result<Vec<u8>, CudaError> {
+    compile_with_log(variant, target, &[]).map(|(cubin, _)| cubin)
+}
+
+/// [`compile`] with more options; gives the compiler's log too.
+fn compile_with_log(
+    variant: &Variant,
+    target: &str,
+    more: &[&str],
+) -> Result<(Vec<u8>, String), CudaError> {
     let source = variant.source;
     let failed = |log: String| CudaError::Compile { source_name: source.name, target: target.into(), log };
     let line = "\n#line 1 \"kernel.cu\"\n";
     let text = CString::new([PRELUDE, "\n", &variant.header(), line, source.text].concat())
         .map_err(|_| failed("the source has a NUL".into()))?;
     let program = result::create_program(&text, None).map_err(|e| failed(format!("{e:?}")))?;
-    let options = [format!("--gpu-architecture={target}"), "--std=c++17".into(), "-default-device".into()];
+    let mut options =
+        vec![format!("--gpu-architecture={target}"), "--std=c++17".into(), "-default-device".into()];
+    options.extend(more.iter().map(|s| s.to_string()));
     // SAFETY: `program` is live until destroyed below, and the buffers have the sizes NVRTC gives.
     unsafe {
         let compiled = result::compile_program(program, &options);
+        let log: Vec<c_char> = result::get_program_log(program).unwrap_or_default();
+        let log: Vec<u8> = log.iter().map(|c| *c as u8).take_while(|c| *c != 0).collect();
+        let log = String::from_utf8_lossy(&log).into_owned();
         let out = match compiled {
-            Err(e) => {
-                let log: Vec<c_char> = result::get_program_log(program).unwrap_or_default();
-                let log: Vec<u8> = log.iter().map(|c| *c as u8).take_while(|c| *c != 0).collect();
-                Err(failed(format!("{e:?}\n{}", String::from_utf8_lossy(&log))))
-            }
-            Ok(()) => image(program).map_err(|e| failed(format!("{e:?}"))),
+            Err(e) => Err(failed(format!("{e:?}\n{log}"))),
+            Ok(()) => image(program).map_err(|e| failed(format!("{e:?}"))).map(|cubin| (cubin, log)),
         };
         let _ = result::destroy_program(program);
         out
@@ -249,10 +259,16 @@ mod tests {
         let both = [DType::F32, DType::Bf16];
         let plain = crate::ops::SOURCES.iter().flat_map(|s| both.map(|element| s.of(element)));
         let variants: Vec<Variant> = plain.chain(crate::ops::attention::flash_variants()).collect();
+        // With --nocapture and GPUSQ_REGISTERS, what each kernel of these takes: registers, spills.
+        let shown = env::var("GPUSQ_REGISTERS").unwrap_or_default();
         variants.par_iter().for_each(|variant| {
             for target in ["sm_80", "sm_89", "sm_90a"] {
-                let cubin = compile(variant, target).unwrap_or_else(|e| panic!("{e}"));
+                let (cubin, log) = compile_with_log(variant, target, &["--ptxas-options=-v"])
+                    .unwrap_or_else(|e| panic!("{e}"));
                 assert_eq!(&cubin[..4], b"\x7fELF", "{} {target}", variant.source.name);
+                if variant.source.name == shown {
+                    println!("{} {:?} {target}\n{log}", variant.header(), variant.element);
+                }
             }
         });
     }

@@ -276,11 +276,6 @@ impl Gpu {
         memory
     }
 
-    /// Flags as bytes 0 and 1 on the GPU, if there are any.
-    pub(crate) fn upload_flags(self, flags: Option<&[bool]>) -> Option<Memory> {
-        flags.map(|f| self.upload(&f.iter().map(|&b| u8::from(b)).collect::<Vec<u8>>()))
-    }
-
     /// Starts kernel `name` of `source`. The caller answers for the arguments being what the kernel declares.
     pub(crate) fn launch(
         self,
@@ -371,7 +366,7 @@ impl Gpu {
     }
 }
 
-pub(crate) use blas::{Operand, Product};
+pub(crate) use blas::{Factor, Operand, Product};
 
 impl Device {
     /// Every device of this machine that can be used, the CPU first.
@@ -500,10 +495,7 @@ impl Clone for Memory {
 impl Drop for Memory {
     fn drop(&mut self) {
         if self.at != 0 {
-            // After a fault the driver refuses this too, and nothing is left to free.
-            
-            // SAFETY: allocated on this stream and not used after this.
-            let _ = unsafe { result::free_async(self.at, self.gpu.0.stream.cu_stream()) };
+            lock(&self.gpu.0.pool).give(self.bytes, Some(self.at));
         }
     }
 }

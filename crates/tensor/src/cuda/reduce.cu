@@ -12,6 +12,7 @@ __device__ inline void sums(float *out, float *products, const E *x, const E *y,
     };
     float sum[COUNT] = {}, product[COUNT] = {};
     if (column < width)
+#pragma unroll 4
         for (long long r = first + row; r < last; r += 8) {
             Some a = *(const Some *)(x + r * width + column);
             for (int k = 0; k < COUNT; k++) sum[k] += (float)a.v[k];
@@ -34,10 +35,10 @@ __device__ inline void sums(float *out, float *products, const E *x, const E *y,
     }
 }
 
-// By four columns where rows allow it.
-extern "C" __global__ void column_sums_4(float *out, float *products, const T *x, const T *y, long long rows,
+// By packs where rows allow it.
+extern "C" __global__ void column_sums_pack(float *out, float *products, const T *x, const T *y, long long rows,
                                          long long width, long long per_part) {
-    sums<T, 4>(out, products, x, y, rows, width, per_part);
+    sums<T, PACK>(out, products, x, y, rows, width, per_part);
 }
 
 extern "C" __global__ void column_sums_1(float *out, float *products, const T *x, const T *y, long long rows,

@@ -4,10 +4,27 @@ constexpr float SQRT_HALF = 0.70710678f;
 constexpr float SQRT_2_OVER_PI = 0.79788456f;
 
 struct Gelu {
-    static __device__ float value(float x) { return 0.5f * x * (1.0f + erff(x * SQRT_HALF)); }
+    // The normal distribution's Phi(x), and e^(-x^2 / 2).
+    static __device__ float phi(float x, float *e) {
+        if constexpr (sizeof(T) == 4) {
+            *e = expf(-0.5f * x * x);
+            return 0.5f * (1.0f + erff(x * SQRT_HALF));
+        }
+        // Within 1.5e-7 (Abramowitz and Stegun 1964, 7.1.26), far finer than bf16; erff would take longer than memory.
+        float z = fabsf(x) * SQRT_HALF, t = __fdividef(1.0f, 1.0f + 0.3275911f * z);
+        *e = __expf(-z * z);
+        float tail = 0.5f * *e * t *
+            (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+        return x < 0.0f ? tail : 1.0f - tail;
+    }
+    static __device__ float value(float x) {
+        float e;
+        return x * phi(x, &e);
+    }
     // Phi(x) + x * phi(x), phi the normal density.
     static __device__ float slope(float x) {
-        return 0.5f * (1.0f + erff(x * SQRT_HALF)) + x * 0.39894228f * expf(-0.5f * x * x);
+        float e, p = phi(x, &e);
+        return p + x * 0.39894228f * e;
     }
 };
 

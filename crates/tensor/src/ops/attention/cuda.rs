@@ -59,7 +59,7 @@ pub(super) fn forward(
     let shape = [s.batch, s.heads, s.queries, s.keys];
     let softmax = Tensor::stale_on(device, &shape);
     let thinned = thinned(device, s, drop);
-    let mask = gpu.upload_flags(s.key_mask.as_deref());
+    let mask = s.key_mask.as_ref().map(|m| m.on(gpu));
     let mut arguments = vec![
         out.memory().into(),
         softmax.memory().into(),
@@ -67,7 +67,7 @@ pub(super) fn forward(
         q.memory().into(),
         k.memory().into(),
         v.memory().into(),
-        mask.as_ref().map_or(Arg::Pointer(0), Arg::from),
+        mask.map_or(Arg::Pointer(0), Arg::from),
     ];
     arguments.extend(options(s, q.width(), drop));
     let rows = s.batch * s.heads * s.queries;

@@ -2,7 +2,7 @@
 // chosen inside. T is bf16; D is a head's width (32, 64, 128); OF the pattern's group (4, 8, 16), 0 for none.
 //
 // A block has four warps and owns 64 rows of queries (or keys), 16 a warp; the other side passes through shared
-// memory in tiles. Scores are kept in the exponent of 2: score * scale * log2(e).
+// memory in tiles. Weights are powers of 2: of score * unit, where unit = scale * log2(e).
 
 #define OPTIONS                                                                                                \
     int queries, int keys, int heads, int kv_heads, float scale, int causal, int keep, u64 drop_key,           \
@@ -115,17 +115,56 @@ __device__ inline void by_depth(float (*o)[4], float (*p)[4], const T *tile) {
     }
 }
 
+// Scores of keys from `first` on that a query may not see become minus infinity: beyond `keys`, masked, or not below the
+// query's number plus `seen`. Accumulator layout, a thread's first row is query `row`.
+__device__ inline void close(float (*s)[4], int first, int row, int keys, int seen, const u8 *mask) {
+    int base = row / TILE * TILE;
+    // Most tiles are open to all.
+    if (!mask && first + TILE <= keys && first + TILE <= base + seen) return;
+    int column = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            int j = first + n * 8 + column + c % 2;
+            if (j >= keys || j >= row + c / 2 * 8 + seen || (mask && !mask[j])) s[n][c] = minus_infinity();
+        }
+}
+
 // Whether y, at a lower place or not, goes before x: the larger, of equals the lower.
 __device__ inline int before(float y, float x, bool lower) { return lower ? y >= x : y > x; }
 
-// Bit 4 n + c: whether score c of block n is among the `keep` largest of its group. Accumulator layout: a thread has
-// columns 8 n + 2 (lane % 4) + c % 2 of rows lane / 4 + 8 (c / 2). Groups run along columns (keys in `forward` and
+// The place of a score in its group (0 .. 4) in its two lowest bits, so that no two of a group are equal and the lower of
+// two that are equal otherwise is larger. What differs by less than 4 units in the last place counts as equal here.
+__device__ inline float marked(float x, int place) {
+    // Infinity with marks would be no number.
+    u32 bits = __float_as_uint(fmaxf(x, -3e38f));
+    // Of negative numbers those with smaller bits are larger.
+    return __uint_as_float((bits & ~3u) | (bits >> 31 ? place : 3 - place));
+}
+
+// kept[n][c]: whether score s[n][c] is among the `keep` largest of its group. Accumulator layout: a thread has columns
+// 8 n + 2 (lane % 4) + c % 2 of rows lane / 4 + 8 (c / 2). Groups run along columns (keys in `forward` and
 // `queries_backward`).
-__device__ inline u32 survivors_of_columns(float (*s)[4], int keep) {
-    if (!OF) return ~0u;
+__device__ inline void survivors_of_columns(float (*s)[4], bool (*kept)[4], int keep) {
+    if (!OF) return;
     constexpr int LANES = OF < 8 ? OF / 2 : 4;
     int lane = threadIdx.x % 4;
-    u32 bits = 0;
+    if (OF == 4 && keep < 3) {
+        // The larger and the smaller of a pair of lanes' pairs give the largest two of all.
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+#pragma unroll
+            for (int c = 0; c < 4; c += 2) {
+                float x0 = marked(s[n][c], lane % 2 * 2), x1 = marked(s[n][c + 1], lane % 2 * 2 + 1);
+                float high = fmaxf(x0, x1), low = fminf(x0, x1);
+                float high2 = __shfl_xor_sync(~0u, high, 1), low2 = __shfl_xor_sync(~0u, low, 1);
+                float least = keep == 1 ? fmaxf(high, high2) : fmaxf(fminf(high, high2), fmaxf(low, low2));
+                kept[n][c] = x0 >= least;
+                kept[n][c + 1] = x1 >= least;
+            }
+        return;
+    }
 #pragma unroll
     for (int n = 0; n < 8; n++)
 #pragma unroll
@@ -148,17 +187,28 @@ __device__ inline u32 survivors_of_columns(float (*s)[4], int keep) {
                     rank1 += before(y0, x1, lower) + before(y1, x1, lower);
                 }
             }
-            bits |= (u32)(rank0 < keep) << (4 * n + c) | (u32)(rank1 < keep) << (4 * n + c + 1);
+            kept[n][c] = rank0 < keep;
+            kept[n][c + 1] = rank1 < keep;
         }
-    return bits;
 }
 
 // The same where groups run along rows (keys in `keys_backward`).
-__device__ inline u32 survivors_of_rows(float (*s)[4], int keep) {
-    if (!OF) return ~0u;
+__device__ inline void survivors_of_rows(float (*s)[4], bool (*kept)[4], int keep) {
+    if (!OF) return;
     constexpr int LANES = OF < 8 ? OF : 8;
     int lane = threadIdx.x % 32 / 4;
-    u32 bits = 0;
+    if (OF == 4 && keep < 3) {
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                float x = marked(s[n][c], lane % 4), y = __shfl_xor_sync(~0u, x, 4);
+                float high = fmaxf(x, y), low = fminf(x, y);
+                float high2 = __shfl_xor_sync(~0u, high, 8), low2 = __shfl_xor_sync(~0u, low, 8);
+                kept[n][c] = x >= (keep == 1 ? fmaxf(high, high2) : fmaxf(fminf(high, high2), fmaxf(low, low2)));
+            }
+        return;
+    }
 #pragma unroll
     for (int n = 0; n < 8; n++)
 #pragma unroll
@@ -171,9 +221,8 @@ __device__ inline u32 survivors_of_rows(float (*s)[4], int keep) {
             if (OF == 16)
 #pragma unroll
                 for (int d = 0; d < 8; d++) rank += before(__shfl_xor_sync(~0u, s[n][c ^ 2], 4 * d), x, c & 2);
-            bits |= (u32)(rank < keep) << (4 * n + c);
+            kept[n][c] = rank < keep;
         }
-    return bits;
 }
 
 __device__ inline float drop(u32 index, u64 key, u32 below, float factor) {
@@ -185,6 +234,7 @@ extern "C" __global__ void __launch_bounds__(128)
     forward(T *out, float *log_sums, const T *q, const T *k, const T *v, const u8 *mask, OPTIONS) {
     extern __shared__ __align__(16) T tiles[];
     T *const query = tiles;
+    const float unit = scale * LOG2E;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * TILE;
     int h = blockIdx.y % heads, b = blockIdx.y / heads, g = h / (heads / kv_heads);
     long long q_stride = (long long)heads * D, k_stride = (long long)kv_heads * D;
@@ -214,23 +264,18 @@ extern "C" __global__ void __launch_bounds__(128)
         if (t == 0)
             for (int i = 0; i < STEPS; i++) left(a[i], query, warp * 16, i * 16);
         float s[8][4] = {};
+        bool kept[8][4];
         by_rows(s, a, tile(t, 0));
-#pragma unroll
-        for (int n = 0; n < 8; n++)
-#pragma unroll
-            for (int c = 0; c < 4; c++) {
-                int j = t * TILE + n * 8 + lane % 4 * 2 + c % 2, limit = causal ? row + c / 2 * 8 + seen : keys;
-                bool open = j < keys && j < limit && !(mask && !mask[(long long)b * keys + j]);
-                s[n][c] = open ? s[n][c] * (scale * LOG2E) : minus_infinity();
-            }
-        u32 kept = survivors_of_columns(s, keep);
+        close(s, t * TILE, row, keys, causal ? seen : 2 * keys, mask ? mask + (long long)b * keys : mask);
+        survivors_of_columns(s, kept, keep);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            float highest = top[r];
+            float highest = minus_infinity();
 #pragma unroll
             for (int n = 0; n < 8; n++) highest = fmaxf(highest, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
             highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
             highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
+            highest = fmaxf(top[r], highest * unit);
             // Nothing seen yet: any finite number does.
             float base = highest == minus_infinity() ? 0.0f : highest;
             float shrink = exp2_fast(top[r] - base);
@@ -245,9 +290,9 @@ extern "C" __global__ void __launch_bounds__(128)
             for (int n = 0; n < 8; n++)
 #pragma unroll
                 for (int c = 2 * r; c < 2 * r + 2; c++) {
-                    float p = exp2_fast(s[n][c] - base);
+                    float p = exp2_fast(s[n][c] * unit - base);
                     sum[r] += p;
-                    if (OF && !(kept >> (4 * n + c) & 1)) p = 0.0f;
+                    if (OF && !kept[n][c]) p = 0.0f;
                     if (drop_below) {
                         u32 at = ((u32)blockIdx.y * queries + row + 8 * r) * keys;
                         p *= drop(at + t * TILE + n * 8 + lane % 4 * 2 + c % 2, drop_key, drop_below, drop_factor);
@@ -277,16 +322,22 @@ extern "C" __global__ void __launch_bounds__(128)
     }
 }
 
-// along [batch, heads, queries]: grad . out of each query and head. A warp for each.
+// along [batch, heads, queries]: grad . out of each query and head, in the order of `out` (batch, query, head). A pack
+// for each thread.
 extern "C" __global__ void row_products(float *along, const T *grad, const T *out, long long n, int queries, int heads) {
-    long long at = ((long long)blockIdx.x * blockDim.x + threadIdx.x) / 32;
-    int lane = threadIdx.x % 32;
-    if (at >= n) return;
-    long long i = at % queries, bh = at / queries, from = ((bh / heads * queries + i) * heads + bh % heads) * D;
+    constexpr int THREADS = D / PACK;
+    long long at = ((long long)blockIdx.x * blockDim.x + threadIdx.x) / THREADS;
+    int part = threadIdx.x % THREADS;
     float sum = 0;
-    for (int c = lane; c < D; c += 32) sum += (float)grad[from + c] * (float)out[from + c];
-    sum = warp_sum(sum);
-    if (lane == 0) along[at] = sum;
+    if (at < n) {
+        Pack a = *(const Pack *)(grad + at * D + part * PACK), b = *(const Pack *)(out + at * D + part * PACK);
+        for (int k = 0; k < PACK; k++) sum += (float)a.v[k] * (float)b.v[k];
+    }
+    for (int d = THREADS / 2; d; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
+    if (at >= n || part) return;
+    int h = (int)(at % heads);
+    long long row = at / heads;
+    along[(row / queries * heads + h) * queries + row % queries] = sum;
 }
 
 // Block (64 queries, batch and head): the queries' gradient.
@@ -294,6 +345,7 @@ extern "C" __global__ void __launch_bounds__(128)
     queries_backward(T *dq, const T *grad, const float *log_sums, const float *along, const T *q, const T *k,
                      const T *v, const u8 *mask, OPTIONS) {
     extern __shared__ __align__(16) T tiles[];
+    const float unit = scale * LOG2E;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * TILE;
     int h = blockIdx.y % heads, b = blockIdx.y / heads, g = h / (heads / kv_heads);
     long long q_stride = (long long)heads * D, k_stride = (long long)kv_heads * D;
@@ -336,27 +388,21 @@ extern "C" __global__ void __launch_bounds__(128)
         wait<1>();
         __syncthreads();
         float s[8][4] = {}, dp[8][4] = {};
+        bool kept[8][4];
         by_rows(s, a, tile(t, 0));
         by_rows(dp, d, tile(t, 1));
+        close(s, t * TILE, row, keys, causal ? seen : 2 * keys, mask ? mask + (long long)b * keys : mask);
+        survivors_of_columns(s, kept, keep);
 #pragma unroll
         for (int n = 0; n < 8; n++)
 #pragma unroll
             for (int c = 0; c < 4; c++) {
-                int j = t * TILE + n * 8 + lane % 4 * 2 + c % 2, limit = causal ? row + c / 2 * 8 + seen : keys;
-                bool open = j < keys && j < limit && !(mask && !mask[(long long)b * keys + j]);
-                s[n][c] = open ? s[n][c] * (scale * LOG2E) : minus_infinity();
-            }
-        u32 kept = survivors_of_columns(s, keep);
-#pragma unroll
-        for (int n = 0; n < 8; n++)
-#pragma unroll
-            for (int c = 0; c < 4; c++) {
-                float factor = OF && !(kept >> (4 * n + c) & 1) ? 0.0f : 1.0f;
+                float factor = OF && !kept[n][c] ? 0.0f : 1.0f;
                 if (drop_below) {
                     u32 at = ((u32)blockIdx.y * queries + row + c / 2 * 8) * keys;
                     factor *= drop(at + t * TILE + n * 8 + lane % 4 * 2 + c % 2, drop_key, drop_below, drop_factor);
                 }
-                float p = exp2_fast(s[n][c] - log_sum[c / 2]);
+                float p = exp2_fast(s[n][c] * unit - log_sum[c / 2]);
                 s[n][c] = p * (factor * dp[n][c] - dot[c / 2]);
             }
         by_depth(o, s, tile(t, 0));
@@ -378,6 +424,7 @@ extern "C" __global__ void __launch_bounds__(128)
                   const T *v, const u8 *mask, OPTIONS) {
     extern __shared__ __align__(16) T tiles[];
     __shared__ float column_log_sum[2][TILE], column_dot[2][TILE];
+    const float unit = scale * LOG2E;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * TILE;
     int g = blockIdx.y % kv_heads, b = blockIdx.y / kv_heads, group = heads / kv_heads;
     long long q_stride = (long long)heads * D, k_stride = (long long)kv_heads * D;
@@ -410,6 +457,7 @@ extern "C" __global__ void __launch_bounds__(128)
         int j = row + 8 * r;
         open_row[r] = j < keys && !(mask && !mask[(long long)b * keys + j]);
     }
+    bool open_all = __syncthreads_and(open_row[0] && open_row[1]);
     float ok[D / 8][4] = {}, ov[D / 8][4] = {};
     u32 a[STEPS][4], d[STEPS][4];
     for (int t = 0; t < count; t++) {
@@ -425,16 +473,18 @@ extern "C" __global__ void __launch_bounds__(128)
             }
         int h = g * group + t / blocks, from = (begin + t % blocks) * TILE;
         float s[8][4] = {};
+        bool kept[8][4];
         by_rows(s, a, tile(t, 0));
+        if (!open_all || (causal && from + seen <= first + TILE - 1))
 #pragma unroll
-        for (int n = 0; n < 8; n++)
+            for (int n = 0; n < 8; n++)
 #pragma unroll
-            for (int c = 0; c < 4; c++) {
-                int i = from + n * 8 + lane % 4 * 2 + c % 2;
-                bool open = open_row[c / 2] && !(causal && row + c / 2 * 8 >= i + seen);
-                s[n][c] = open ? s[n][c] * (scale * LOG2E) : minus_infinity();
-            }
-        u32 kept = survivors_of_rows(s, keep);
+                for (int c = 0; c < 4; c++) {
+                    int i = from + n * 8 + lane % 4 * 2 + c % 2;
+                    bool open = open_row[c / 2] && !(causal && row + c / 2 * 8 >= i + seen);
+                    if (!open) s[n][c] = minus_infinity();
+                }
+        survivors_of_rows(s, kept, keep);
         float dp[8][4] = {}, thin[8][4];
         by_rows(dp, d, tile(t, 1));
 #pragma unroll
@@ -442,12 +492,12 @@ extern "C" __global__ void __launch_bounds__(128)
 #pragma unroll
             for (int c = 0; c < 4; c++) {
                 int column = n * 8 + lane % 4 * 2 + c % 2;
-                float factor = OF && !(kept >> (4 * n + c) & 1) ? 0.0f : 1.0f;
+                float factor = OF && !kept[n][c] ? 0.0f : 1.0f;
                 if (drop_below) {
                     u32 at = (((u32)b * heads + h) * queries + from + column) * keys + row + c / 2 * 8;
                     factor *= drop(at, drop_key, drop_below, drop_factor);
                 }
-                float p = exp2_fast(s[n][c] - column_log_sum[t % 2][column]);
+                float p = exp2_fast(s[n][c] * unit - column_log_sum[t % 2][column]);
                 thin[n][c] = factor * p;
                 s[n][c] = p * (factor * dp[n][c] - column_dot[t % 2][column]);
             }

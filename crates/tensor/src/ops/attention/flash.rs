@@ -75,7 +75,7 @@ pub(super) fn forward(
     let out = Tensor::stale_of(gpu, q.dtype(), q.shape());
     let shape = [s.batch, s.heads, s.queries];
     let log_sums = keep.then(|| Tensor::stale_on(Device::Cuda(gpu), &shape));
-    let mask = gpu.upload_flags(s.key_mask.as_deref());
+    let mask = s.key_mask.as_ref().map(|m| m.on(gpu));
     let (variant, options) = options(s, width, drop);
     let mut arguments = vec![
         out.memory().into(),
@@ -83,7 +83,7 @@ pub(super) fn forward(
         q.memory().into(),
         k.memory().into(),
         v.memory().into(),
-        mask.as_ref().map_or(Arg::Pointer(0), Arg::from),
+        mask.map_or(Arg::Pointer(0), Arg::from),
     ];
     arguments.extend(options);
     gpu.launch(variant, "forward", grid(s.queries, s.batch * s.heads, 5, width), &arguments);
@@ -106,7 +106,7 @@ pub(super) fn backward(
     let width = q.width() / s.heads;
     let [dq, dk, dv] = [q, k, v].map(|x| Tensor::stale_of(gpu, x.dtype(), x.shape()));
     let along = Tensor::stale_on(Device::Cuda(gpu), log_sums.shape());
-    let mask = gpu.upload_flags(s.key_mask.as_deref());
+    let mask = s.key_mask.as_ref().map(|m| m.on(gpu));
     let (variant, options) = options(s, width, drop);
     let rows = log_sums.len();
     let arguments = [
@@ -117,7 +117,7 @@ pub(super) fn backward(
         (s.queries as i32).into(),
         (s.heads as i32).into(),
     ];
-    gpu.launch(variant.clone(), "row_products", Grid::blocks(rows.div_ceil(8)), &arguments);
+    gpu.launch(variant.clone(), "row_products", Grid::blocks((rows * width / 8).div_ceil(256)), &arguments);
     let mut shared: Vec<Arg> = vec![
         grad.memory().into(),
         log_sums.memory().into(),
@@ -125,7 +125,7 @@ pub(super) fn backward(
         q.memory().into(),
         k.memory().into(),
         v.memory().into(),
-        mask.as_ref().map_or(Arg::Pointer(0), Arg::from),
+        mask.map_or(Arg::Pointer(0), Arg::from),
     ];
     shared.extend(options);
     let arguments: Vec<Arg> = [dq.memory().into()].into_iter().chain(shared.iter().copied()).collect();

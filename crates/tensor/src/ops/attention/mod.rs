@@ -16,7 +16,7 @@ pub(crate) use cuda::SOURCE;
 pub(crate) use flash::variants as flash_variants;
 
 use super::dropout::Drop;
-use crate::{Device, Tape, Tensor, Var};
+use crate::{Device, Flags, Tape, Tensor, Var};
 
 /// Everything about an attention but its operands.
 #[derive(Clone, Debug)]
@@ -36,7 +36,7 @@ pub struct Attention {
     /// Query `i` sees keys up to `i + keys - queries`.
     pub causal: bool,
     /// `[batch * keys]`, false for padding; `None` if nothing is padded.
-    pub key_mask: Option<Vec<bool>>,
+    pub key_mask: Option<Flags>,
     /// `(keep, of)` with `0 < keep < of`, `of` a power of two up to 256; `None` for dense attention.
     pub pattern: Option<(usize, usize)>,
     /// Probability that an attention weight is dropped in training.
@@ -231,13 +231,13 @@ mod tests {
     #[test]
     fn padding_causal_cross_and_grouped_match_reference() {
         let mut s = spec(2, 4, 4, 4);
-        s.key_mask = Some(vec![true, true, true, false, true, true, false, false]);
+        s.key_mask = Some(vec![true, true, true, false, true, true, false, false].into());
         run(&s, 2);
         s.causal = true;
         s.kv_heads = 2;
         run(&s, 2);
         let mut cross = spec(2, 3, 6, 2);
-        cross.key_mask = Some((0..12).map(|i| i % 5 != 4).collect());
+        cross.key_mask = Some((0..12).map(|i| i % 5 != 4).collect::<Vec<bool>>().into());
         run(&cross, 2);
         let mut cached = spec(1, 2, 5, 2);
         cached.causal = true;
@@ -251,7 +251,7 @@ mod tests {
                 let mut s = spec(2, 10, 10, 2); // 10 leaves a short last group
                 s.pattern = Some(pattern);
                 s.causal = causal;
-                s.key_mask = Some((0..20).map(|i| i < 17).collect());
+                s.key_mask = Some((0..20).map(|i| i < 17).collect::<Vec<bool>>().into());
                 run(&s, 2);
             }
         }
@@ -275,7 +275,7 @@ mod tests {
     #[test]
     fn a_query_that_sees_nothing_yields_zero() {
         let mut s = spec(1, 2, 3, 1);
-        s.key_mask = Some(vec![false; 3]);
+        s.key_mask = Some(vec![false; 3].into());
         for device in devices() {
             let tape = Tape::recording();
             let x: Vec<Var> =
@@ -317,7 +317,7 @@ mod tests {
     fn devices_agree_on_sizes_beyond_a_block() {
         let mut s = spec(2, 37, 150, 4);
         (s.kv_heads, s.dropout, s.pattern) = (2, 0.2, Some((2, 4)));
-        s.key_mask = Some((0..300).map(|i| i % 150 < 131).collect());
+        s.key_mask = Some((0..300).map(|i| i % 150 < 131).collect::<Vec<bool>>().into());
         let inputs = [noise(&[74, 4 * 36], 1), noise(&[300, 2 * 36], 2), noise(&[300, 2 * 36], 3)];
         let run = |device: Device| -> Vec<Vec<f32>> {
             let tape = Tape::training(5);
@@ -346,7 +346,7 @@ mod tests {
             for pattern in [None, Some((2, 4)), Some((1, 8)), Some((3, 16)), Some((2, 32))] {
                 let mut s = spec(2, 133, 133, 2);
                 (s.scale, s.pattern) = (1.0 / (width as f32).sqrt(), pattern);
-                s.key_mask = Some((0..266).map(|i| i % 133 < 70 + i / 4).collect());
+                s.key_mask = Some((0..266).map(|i| i % 133 < 70 + i / 4).collect::<Vec<bool>>().into());
                 cases.push((s.clone(), width));
                 (s.causal, s.dropout) = (true, 0.1);
                 cases.push((s.clone(), width));

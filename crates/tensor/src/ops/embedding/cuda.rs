@@ -32,46 +32,69 @@ pub(super) fn forward(gpu: Gpu, lookups: &[Rows], tokens: usize, width: usize, e
     out
 }
 
+/// Rows that one block adds up; an id with more has them added in parts first.
+const ROWS: usize = 128;
+
 /// `sum[ids[t]] += factor * grad[t]`, in an order that depends on `ids` alone. The ids were checked in the lookup.
 pub(super) fn scatter(gpu: Gpu, grad: &Tensor, ids: &[u32], factor: f32, sum: &mut Tensor) {
-    let width = grad.width();
-    let (distinct, starts, order) = buckets(ids);
-    // 32 columns a block, as the kernel says.
-    let grid =
-        Grid { blocks: [distinct.len() as u32, width.div_ceil(32) as u32, 1], threads: 256, shared: 0 };
-    let (distinct, starts, order) = (gpu.upload(&distinct), gpu.upload(&starts), gpu.upload(&order));
-    let kernel = if sum.dtype() == DType::F32 { "scatter" } else { "scatter_activations" };
-    gpu.launch(
-        SOURCE.of(grad.dtype()),
-        kernel,
-        grid,
-        &[
-            sum.memory_mut().into(),
-            grad.memory().into(),
-            (&distinct).into(),
-            (&starts).into(),
-            (&order).into(),
-            factor.into(),
-            width.into(),
-        ],
-    );
+    // Parts are f32, so that what they go to must be too.
+    let wide = sum.dtype() == DType::F32;
+    let Buckets { ids: of_parts, starts, order } = buckets(ids, if wide { ROWS } else { usize::MAX });
+    let distinct = of_parts.windows(2).all(|pair| pair[0] != pair[1]);
+    let add = |to: &Tensor, rows: &[u32], factor: f32| {
+        let width = grad.width();
+        // 32 columns a block, as the kernel says.
+        let grid =
+            Grid { blocks: [rows.len() as u32, width.div_ceil(32) as u32, 1], threads: 256, shared: 0 };
+        let (rows, starts, order) = (gpu.upload(rows), gpu.upload(&starts), gpu.upload(&order));
+        let kernel = if wide { "scatter" } else { "scatter_activations" };
+        gpu.launch(
+            SOURCE.of(grad.dtype()),
+            kernel,
+            grid,
+            &[
+                to.memory().into(),
+                grad.memory().into(),
+                (&rows).into(),
+                (&starts).into(),
+                (&order).into(),
+                factor.into(),
+                width.into(),
+            ],
+        );
+    };
+    if distinct {
+        sum.memory_mut();
+        return add(sum, &of_parts, factor);
+    }
+    let parts = Tensor::zeros_of(gpu, DType::F32, &[of_parts.len(), grad.width()]);
+    add(&parts, &(0..of_parts.len() as u32).collect::<Vec<u32>>(), factor);
+    scatter(gpu, &parts, &of_parts, 1.0, sum);
 }
 
-/// The distinct ids in rising order, where the tokens of each start in the last list (one more than there are
-/// ids), and the tokens by id, rising for each.
-fn buckets(ids: &[u32]) -> (Vec<u32>, Vec<u32>, Vec<u32>) {
+struct Buckets {
+    /// The id of each bucket, rising.
+    ids: Vec<u32>,
+    /// Where its tokens start in `order`; one more at the end.
+    starts: Vec<u32>,
+    /// The tokens by id, rising for each.
+    order: Vec<u32>,
+}
+
+/// Tokens by their id, at most `most` in a bucket.
+fn buckets(ids: &[u32], most: usize) -> Buckets {
     let mut order: Vec<u32> = (0..ids.len() as u32).collect();
     order.sort_by_key(|&t| ids[t as usize]);
-    let (mut distinct, mut starts) = (Vec::new(), Vec::new());
+    let (mut of, mut starts) = (Vec::new(), Vec::new());
     for (at, &t) in order.iter().enumerate() {
         let id = ids[t as usize];
-        if distinct.last() != Some(&id) {
-            distinct.push(id);
+        if of.last() != Some(&id) || at - *starts.last().expect("of the last id") as usize == most {
+            of.push(id);
             starts.push(at as u32);
         }
     }
     starts.push(ids.len() as u32);
-    (distinct, starts, order)
+    Buckets { ids: of, starts, order }
 }
 
 #[cfg(test)]
@@ -80,10 +103,11 @@ mod tests {
 
     #[test]
     fn buckets_have_every_token_once_under_its_id() {
-        let (distinct, starts, order) = buckets(&[7, 2, 7, 0, 2, 7]);
-        assert_eq!(distinct, [0, 2, 7]);
-        assert_eq!(starts, [0, 1, 3, 6]);
-        assert_eq!(order, [3, 1, 4, 0, 2, 5]);
-        assert_eq!(buckets(&[]), (vec![], vec![0], vec![]));
+        let b = buckets(&[7, 2, 7, 0, 2, 7], 10);
+        assert_eq!((b.ids, b.starts, b.order), (vec![0, 2, 7], vec![0, 1, 3, 6], vec![3, 1, 4, 0, 2, 5]));
+        let b = buckets(&[7, 2, 7, 0, 2, 7], 2);
+        assert_eq!((b.ids, b.starts), (vec![0, 2, 7, 7], vec![0, 1, 3, 5, 6]));
+        let b = buckets(&[], 2);
+        assert_eq!((b.ids, b.starts, b.order), (vec![], vec![0], vec![]));
     }
 }

@@ -96,11 +96,11 @@ mod tests {
 
     #[test]
     fn a_row_that_most_tokens_take_gets_all_their_gradients() {
-        let ids: Vec<u32> = (0..45).map(|t| if t % 9 == 4 { 2 } else { 0 }).collect();
+        let ids: Vec<u32> = (0..450).map(|t| if t % 9 == 4 { 2 } else { 0 }).collect();
         check(
-            &[noise(&[3, 40], 1)],
+            &[noise(&[3, 4], 1)],
             |t, v| embedding(t, &[Lookup { table: v[0].clone(), ids: ids.clone(), factor: 0.5 }], DType::F32),
-            |x| ids.iter().flat_map(|&id| x[0][id as usize * 40..][..40].iter().map(|e| 0.5 * e)).collect(),
+            |x| ids.iter().flat_map(|&id| x[0][id as usize * 4..][..4].iter().map(|e| 0.5 * e)).collect(),
         );
     }
 }

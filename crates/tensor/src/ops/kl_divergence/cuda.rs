@@ -1,7 +1,7 @@
 use super::rows_counted;
 use crate::cuda::{Arg, Gpu, Grid, Source, source};
 use crate::ops::cross_entropy::mean;
-use crate::{Device, Tensor};
+use crate::{Device, Flags, Tensor};
 
 pub(crate) static SOURCE: Source = source!("kl_divergence");
 
@@ -10,10 +10,10 @@ pub(super) fn forward(
     student: &Tensor,
     teacher: &Tensor,
     t: f32,
-    counts: Option<&[bool]>,
+    counts: Option<&Flags>,
 ) -> Tensor {
     let losses = Tensor::stale_on(Device::Cuda(gpu), &[teacher.rows()]);
-    let flags = gpu.upload_flags(counts);
+    let flags = counts.map(|c| c.on(gpu));
     gpu.launch(
         &SOURCE,
         "row_losses",
@@ -22,12 +22,12 @@ pub(super) fn forward(
             losses.memory().into(),
             student.memory().into(),
             teacher.memory().into(),
-            flags.as_ref().map_or(Arg::Pointer(0), Arg::from),
+            flags.map_or(Arg::Pointer(0), Arg::from),
             (1.0 / t).into(),
             teacher.width().into(),
         ],
     );
-    mean(gpu, &losses, rows_counted(counts, teacher.rows()))
+    mean(gpu, &losses, rows_counted(counts.map(|c| &**c), teacher.rows()))
 }
 
 pub(super) fn backward(
@@ -36,10 +36,10 @@ pub(super) fn backward(
     student: &Tensor,
     teacher: &Tensor,
     t: f32,
-    counts: Option<&[bool]>,
+    counts: Option<&Flags>,
 ) -> Tensor {
     let dx = Tensor::stale_on(Device::Cuda(gpu), student.shape());
-    let flags = gpu.upload_flags(counts);
+    let flags = counts.map(|c| c.on(gpu));
     gpu.launch(
         &SOURCE,
         "backward",
@@ -49,9 +49,9 @@ pub(super) fn backward(
             grad.memory().into(),
             student.memory().into(),
             teacher.memory().into(),
-            flags.as_ref().map_or(Arg::Pointer(0), Arg::from),
+            flags.map_or(Arg::Pointer(0), Arg::from),
             (1.0 / t).into(),
-            (t * rows_counted(counts, teacher.rows())).into(),
+            (t * rows_counted(counts.map(|c| &**c), teacher.rows())).into(),
             teacher.width().into(),
         ],
     );

@@ -6,26 +6,26 @@ mod cuda;
 #[cfg(test)]
 pub(crate) use cuda::SOURCE;
 
-use crate::{Device, Tape, Tensor, Var};
+use crate::{Device, Flags, Tape, Tensor, Var};
 
 /// `mean over rows of sum_c p_c (log p_c - log q_c)` with `p = softmax(teacher / t)` and
 /// `q = softmax(student / t)`, shape `[1]`. Both are `[.., classes]`; rows whose `counts` is false are
 /// left out. There is no factor `t^2`: the loss's own weight (beta) takes its place.
-pub fn kl_divergence(tape: &Tape, student: &Var, teacher: &Tensor, t: f32, counts: Option<&[bool]>) -> Var {
+pub fn kl_divergence(tape: &Tape, student: &Var, teacher: &Tensor, t: f32, counts: Option<&Flags>) -> Var {
     assert_eq!(student.shape(), teacher.shape(), "kl_divergence");
     assert!(t > 0.0, "temperature {t}");
     if let Some(c) = counts {
         assert_eq!(c.len(), teacher.rows(), "kl_divergence: one flag per row");
     }
     let loss = match teacher.device() {
-        Device::Cpu => Tensor::scalar(cpu::forward(student.value(), teacher, t, counts)),
+        Device::Cpu => Tensor::scalar(cpu::forward(student.value(), teacher, t, counts.map(|c| &**c))),
         Device::Cuda(gpu) => cuda::forward(gpu, student.value(), teacher, t, counts),
     };
-    let (s, teacher, counts) = (student.clone(), teacher.clone(), counts.map(<[bool]>::to_vec));
+    let (s, teacher, counts) = (student.clone(), teacher.clone(), counts.cloned());
     tape.push(loss, &[student], move |grad, grads| {
         let dx = match grad.device() {
             Device::Cpu => cpu::backward(grad.item(), s.value(), &teacher, t, counts.as_deref()),
-            Device::Cuda(gpu) => cuda::backward(gpu, grad, s.value(), &teacher, t, counts.as_deref()),
+            Device::Cuda(gpu) => cuda::backward(gpu, grad, s.value(), &teacher, t, counts.as_ref()),
         };
         grads.add(&s, dx);
     })
@@ -42,13 +42,13 @@ mod tests {
 
     #[test]
     fn matches_reference() {
-        let counts = [true, false, true];
+        let counts = Flags::from(vec![true, false, true]);
         let log_softmax = |row: &[f64], t: f64| -> Vec<f64> {
             let z = row.iter().map(|v| (v / t).exp()).sum::<f64>().ln();
             row.iter().map(|v| v / t - z).collect()
         };
         // The last has more classes than a block has threads.
-        for (counts, n, w) in [(None, 3.0, 4), (Some(&counts[..]), 2.0, 4), (Some(&counts[..]), 2.0, 300)] {
+        for (counts, n, w) in [(None, 3.0, 4), (Some(&counts), 2.0, 4), (Some(&counts), 2.0, 300)] {
             let teacher = noise(&[3, w], 2);
             check(
                 &[noise(&[3, w], 1)],

@@ -48,6 +48,77 @@ __device__ inline void forward_row(T *y, T *normal, float *rstd, const T *x, con
     if (rstd && lane == 0) *rstd = r;
 }
 
+// Rows of so many packs a lane are kept in registers and read once.
+constexpr int HELD = 1024 / (32 * PACK);
+
+__device__ inline void forward_held(T *y, T *normal, float *rstd, const T *x, const T *residual, const float *gain,
+                                    const float *bias, int width, float eps, int lane) {
+    float v[HELD][PACK], sum = 0;
+#pragma unroll
+    for (int h = 0; h < HELD; h++) {
+        int c = (h * 32 + lane) * PACK;
+        if (c >= width) continue;
+        sum_of<PACK>(v[h], x, residual, c);
+#pragma unroll
+        for (int k = 0; k < PACK; k++) sum += v[h][k];
+    }
+    float mean = warp_sum(sum) / width, squares = 0;
+#pragma unroll
+    for (int h = 0; h < HELD; h++)
+        if ((h * 32 + lane) * PACK < width)
+#pragma unroll
+            for (int k = 0; k < PACK; k++) {
+                v[h][k] -= mean;
+                squares += v[h][k] * v[h][k];
+            }
+    float r = 1.0f / sqrtf(warp_sum(squares) / width + eps);
+#pragma unroll
+    for (int h = 0; h < HELD; h++) {
+        int c = (h * 32 + lane) * PACK;
+        if (c >= width) continue;
+        float g[PACK], b[PACK];
+        load_floats(gain, c, width, g);
+        load_floats(bias, c, width, b);
+#pragma unroll
+        for (int k = 0; k < PACK; k++) v[h][k] *= r;
+        if (normal) put<PACK>(normal + c, v[h]);
+#pragma unroll
+        for (int k = 0; k < PACK; k++) v[h][k] = v[h][k] * g[k] + b[k];
+        put<PACK>(y + c, v[h]);
+    }
+    if (rstd && lane == 0) *rstd = r;
+}
+
+__device__ inline void backward_held(T *dx, const T *grad, const T *normal, float rstd, const float *gain, int width,
+                                     int lane) {
+    float d[HELD][PACK], n[HELD][PACK], sum = 0, along = 0;
+#pragma unroll
+    for (int h = 0; h < HELD; h++) {
+        int c = (h * 32 + lane) * PACK;
+        if (c >= width) continue;
+        float g[PACK];
+        sum_of<PACK>(d[h], grad, nullptr, c);
+        sum_of<PACK>(n[h], normal, nullptr, c);
+        load_floats(gain, c, width, g);
+#pragma unroll
+        for (int k = 0; k < PACK; k++) {
+            d[h][k] *= g[k];
+            sum += d[h][k];
+            along += d[h][k] * n[h][k];
+        }
+    }
+    float mean = warp_sum(sum) / width;
+    along = warp_sum(along) / width;
+#pragma unroll
+    for (int h = 0; h < HELD; h++) {
+        int c = (h * 32 + lane) * PACK;
+        if (c >= width) continue;
+#pragma unroll
+        for (int k = 0; k < PACK; k++) d[h][k] = rstd * (d[h][k] - mean - n[h][k] * along);
+        put<PACK>(dx + c, d[h]);
+    }
+}
+
 // `normal` and `rstd` are null when no backward follows, `residual` when there is none.
 extern "C" __global__ void forward(T *y, T *normal, float *rstd, const T *x, const T *residual, const float *gain,
                                    const float *bias, long long rows, long long width, float eps) {
@@ -57,7 +128,9 @@ extern "C" __global__ void forward(T *y, T *normal, float *rstd, const T *x, con
     T *n = normal ? normal + at : normal;
     const T *r = residual ? residual + at : residual;
     float *s = rstd ? rstd + row : rstd;
-    if (width % PACK == 0) forward_row<PACK>(y + at, n, s, x + at, r, gain, bias, width, eps, lane);
+    if (width % PACK == 0 && width <= HELD * 32 * PACK)
+        forward_held(y + at, n, s, x + at, r, gain, bias, (int)width, eps, lane);
+    else if (width % PACK == 0) forward_row<PACK>(y + at, n, s, x + at, r, gain, bias, width, eps, lane);
     else forward_row<1>(y + at, n, s, x + at, r, gain, bias, width, eps, lane);
 }
 
@@ -89,6 +162,8 @@ extern "C" __global__ void backward(T *dx, const T *grad, const T *normal, const
     ROW;
     if (row >= rows) return;
     long long at = row * width;
-    if (width % PACK == 0) backward_row<PACK>(dx + at, grad + at, normal + at, rstd[row], gain, width, lane);
+    if (width % PACK == 0 && width <= HELD * 32 * PACK)
+        backward_held(dx + at, grad + at, normal + at, rstd[row], gain, (int)width, lane);
+    else if (width % PACK == 0) backward_row<PACK>(dx + at, grad + at, normal + at, rstd[row], gain, width, lane);
     else backward_row<1>(dx + at, grad + at, normal + at, rstd[row], gain, width, lane);
 }

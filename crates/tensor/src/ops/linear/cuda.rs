@@ -1,6 +1,6 @@
 use super::cpu::{EXACT, output_shape};
-use crate::cuda::{Arg, Gpu, Grid, Operand, Product, Source, source};
-use crate::ops::cast;
+use crate::cuda::{Arg, Factor, Gpu, Grid, Operand, Product, Source, source};
+use crate::ops::{add, cast};
 use crate::ops::lsq::QMAX;
 use crate::{DType, Device, Tensor};
 
@@ -14,15 +14,14 @@ pub(super) fn forward(gpu: Gpu, x: &Tensor, w: &Tensor, bias: Option<&Tensor>, e
     let fused = bias.filter(|_| out % 8 == 0).map(|b| cast::apply(b, element));
     let before = bias.filter(|_| fused.is_none());
     if let Some(b) = before {
-        let n = y.len();
-        let arguments = [y.memory().into(), b.memory().into(), n.into(), out.into()];
-        gpu.launch(SOURCE.of(element), "fill_rows", Grid::elements(n), &arguments);
+        let arguments = [y.memory().into(), b.memory().into(), out.into()];
+        gpu.launch(SOURCE.of(element), "fill_rows", Grid::blocks(y.rows()), &arguments);
     }
     gpu.gemm(&Product {
         m: x.rows(),
         n: out,
         k: width,
-        alpha: 1.0,
+        alpha: Factor::Host(1.0),
         a: Operand::rows(x, width),
         b: Operand::rows(w, width).t(),
         beta: if before.is_some() { 1.0 } else { 0.0 },
@@ -50,13 +49,12 @@ pub(super) fn forward_codes(
     let sum = (starts.len() > 1).then(|| Tensor::stale_on(device, &[tokens, out]));
     let part = Tensor::stale_on(device, &[tokens, out]);
     let y = Tensor::stale_of(gpu, element, &output_shape(x, out));
-    let n = y.len();
     for &from in &starts {
         gpu.gemm(&Product {
             m: tokens,
             n: out,
             k: step.min(width - from),
-            alpha: 1.0,
+            alpha: Factor::Host(1.0),
             a: Operand::rows(x, width).from(from),
             b: Operand::rows(w, width).from(from).t(),
             beta: 0.0,
@@ -68,7 +66,8 @@ pub(super) fn forward_codes(
         gpu.launch(
             SOURCE.of(element),
             "add_part",
-            Grid::elements(n),
+            // A row has so many packs.
+            Grid { threads: (out / 8).next_multiple_of(32).clamp(32, 256) as u32, ..Grid::blocks(tokens) },
             &[
                 y.memory().into(),
                 sum.as_ref().map_or(Arg::Pointer(0), |s| s.memory().into()),
@@ -76,7 +75,6 @@ pub(super) fn forward_codes(
                 sx.memory().into(),
                 sw.memory().into(),
                 bias.map_or(Arg::Pointer(0), |b| b.memory().into()),
-                n.into(),
                 out.into(),
                 i32::from(first).into(),
                 i32::from(last).into(),
@@ -89,31 +87,42 @@ pub(super) fn forward_codes(
 /// `w` with each row times its scale.
 pub(super) fn dequantised(gpu: Gpu, w: &Tensor, scale: &Tensor) -> Tensor {
     let out = Tensor::stale_of(gpu, w.dtype(), w.shape());
-    let n = w.len();
-    let arguments =
-        [out.memory().into(), w.memory().into(), scale.memory().into(), n.into(), w.width().into()];
-    gpu.launch(SOURCE.of(w.dtype()), "scale_rows", Grid::elements(n), &arguments);
+    let arguments = [out.memory().into(), w.memory().into(), scale.memory().into(), w.width().into()];
+    gpu.launch(SOURCE.of(w.dtype()), "scale_rows", Grid::blocks(w.rows()), &arguments);
     out
 }
 
-pub(super) fn input_gradient(gpu: Gpu, grad: &Tensor, w: &Tensor, shape: &[usize]) -> Tensor {
+/// Adds `grad w` to `sum`, which may be empty; `shape` is that of the input.
+pub(super) fn input_gradient(gpu: Gpu, grad: &Tensor, w: &Tensor, shape: &[usize], sum: &mut Option<Tensor>) {
     let (out, width) = (w.shape()[0], w.shape()[1]);
-    let dx = Tensor::stale_of(gpu, w.dtype(), shape);
-    gpu.gemm(&Product {
-        m: grad.rows(),
-        n: width,
-        k: out,
-        alpha: 1.0,
-        a: Operand::rows(grad, out),
-        b: Operand::rows(w, width),
-        beta: 0.0,
-        c: Operand::rows(&dx, width),
-        bias: None,
-    });
-    dx
+    let multiply = |beta: f32, into: &Tensor| {
+        gpu.gemm(&Product {
+            m: grad.rows(),
+            n: width,
+            k: out,
+            alpha: Factor::Host(1.0),
+            a: Operand::rows(grad, out),
+            b: Operand::rows(w, width),
+            beta,
+            c: Operand::rows(into, width),
+            bias: None,
+        });
+    };
+    match sum {
+        // Added in the product's own pass.
+        Some(sum) if !sum.shared() && sum.dtype() == w.dtype() => multiply(1.0, sum),
+        _ => {
+            let dx = Tensor::stale_of(gpu, w.dtype(), shape);
+            multiply(0.0, &dx);
+            match sum {
+                Some(sum) => add::accumulate(sum, &dx),
+                None => *sum = Some(dx),
+            }
+        }
+    }
 }
 
-/// In f32, whatever the operands are.
+/// Adds `factor * grad^T x` to `sum`, which may be empty, in f32 whatever the operands are.
 pub(super) fn weight_gradient(
     gpu: Gpu,
     grad: &Tensor,
@@ -122,34 +131,19 @@ pub(super) fn weight_gradient(
     sum: &mut Option<Tensor>,
 ) {
     let (out, width) = (grad.width(), x.width());
-    let multiply = |beta: f32, into: &Tensor| {
-        gpu.gemm(&Product {
-            m: out,
-            n: width,
-            k: grad.rows(),
-            alpha: 1.0,
-            a: Operand::rows(grad, out).t(),
-            b: Operand::rows(x, width),
-            beta,
-            c: Operand::rows(into, width),
-            bias: None,
-        });
-    };
-    let product = Tensor::stale_on(Device::Cuda(gpu), &[out, width]);
-    match (factor, &mut *sum) {
-        (None, None) => multiply(0.0, &product),
-        (None, Some(sum)) => {
-            sum.memory_mut();
-            return multiply(1.0, sum);
-        }
-        // The factor is known on the GPU alone, so the product is scaled after it.
-        (Some(factor), before) => {
-            multiply(0.0, &product);
-            let n = product.len();
-            let before = before.as_ref().map_or(Arg::Pointer(0), |s| s.memory().into());
-            let arguments = [product.memory().into(), before, factor.memory().into(), n.into()];
-            gpu.launch(&SOURCE, "scale_and_add", Grid::elements(n), &arguments);
-        }
-    }
-    *sum = Some(product);
+    let beta = if sum.is_some() { 1.0 } else { 0.0 };
+    let into = sum.get_or_insert_with(|| Tensor::stale_on(Device::Cuda(gpu), &[out, width]));
+    // Shared storage is copied.
+    into.memory_mut();
+    gpu.gemm(&Product {
+        m: out,
+        n: width,
+        k: grad.rows(),
+        alpha: factor.map_or(Factor::Host(1.0), Factor::Gpu),
+        a: Operand::rows(grad, out).t(),
+        b: Operand::rows(x, width),
+        beta,
+        c: Operand::rows(into, width),
+        bias: None,
+    });
 }

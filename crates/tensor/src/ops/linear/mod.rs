@@ -3,7 +3,7 @@
 mod cpu;
 mod cuda;
 
-use super::cast;
+use super::{add, cast};
 use super::lsq::Quantized;
 use crate::cuda::reduce::column_sums;
 use crate::{DType, Device, Tape, Tensor, Var};
@@ -25,8 +25,8 @@ pub fn linear_as(tape: &Tape, x: &Var, weight: &Var, bias: Option<&Var>, element
     let (x2, w2, b2) = (x.clone(), weight.clone(), bias.cloned());
     tape.push(y, &inputs, move |grad, grads| {
         let grad = cast::apply(&grad.reshape(&[grad.len() / out, out]), x2.value().dtype());
-        if grads.wants(&x2) {
-            grads.add(&x2, input_gradient(&grad, w2.value(), x2.shape()));
+        if let Some(sum) = grads.slot(&x2) {
+            input_gradient(&grad, w2.value(), x2.shape(), sum);
         }
         if let Some(sum) = grads.slot(&w2) {
             weight_gradient(&grad, x2.value(), None, sum);
@@ -77,15 +77,15 @@ pub fn quantized_linear(
     let (cx2, cw2, b2) = (cx.clone(), cw.clone(), bias.cloned());
     tape.push(y, &inputs, move |grad, grads| {
         let grad = cast::apply(&grad.reshape(&[grad.len() / out, out]), cx2.value().dtype());
-        if grads.wants(&cx2) {
-            let dx = match grad.device() {
-                Device::Cpu => input_gradient(&cpu::scale_columns(&grad, &sw), cw2.value(), cx2.shape()),
+        if let Some(sum) = grads.slot(&cx2) {
+            match grad.device() {
+                Device::Cpu => input_gradient(&cpu::scale_columns(&grad, &sw), cw2.value(), cx2.shape(), sum),
                 // Of weights and activations, weights are fewer.
                 Device::Cuda(gpu) => {
-                    input_gradient(&grad, &cuda::dequantised(gpu, cw2.value(), &sw), cx2.shape())
+                    let w = cuda::dequantised(gpu, cw2.value(), &sw);
+                    cuda::input_gradient(gpu, &grad, &w, cx2.shape(), sum)
                 }
-            };
-            grads.add(&cx2, dx);
+            }
         }
         if let Some(sum) = grads.slot(&cw2) {
             weight_gradient(&grad, cx2.value(), Some(&sx), sum);
@@ -96,11 +96,17 @@ pub fn quantized_linear(
     })
 }
 
-/// `grad w`, in the shape of the input.
-fn input_gradient(grad: &Tensor, w: &Tensor, shape: &[usize]) -> Tensor {
+/// `sum += grad w`, in the shape of the input; a sum that is not there is 0.
+fn input_gradient(grad: &Tensor, w: &Tensor, shape: &[usize], sum: &mut Option<Tensor>) {
     match grad.device() {
-        Device::Cpu => cpu::input_gradient(grad, w, shape),
-        Device::Cuda(gpu) => cuda::input_gradient(gpu, grad, w, shape),
+        Device::Cpu => {
+            let dx = cpu::input_gradient(grad, w, shape);
+            match sum {
+                Some(sum) => add::accumulate(sum, &dx),
+                None => *sum = Some(dx),
+            }
+        }
+        Device::Cuda(gpu) => cuda::input_gradient(gpu, grad, w, shape, sum),
     }
 }
 

@@ -16,21 +16,23 @@ extern "C" __global__ void dequantised(T *out, const T *x, const float *scale, l
     }
 }
 
-// One element's share of the gradients; returns that of the step size.
-__device__ inline float element(float g, float x, float s, float *dx) {
-    float v = __fdiv_rn(x, s), c = lsq_code(x, s);
+// One element's share of the gradients; returns that of the step size, whose inverse is given. A product is not the
+// quotient that codes are made of, so that beside a tie c - v may have the other sign; a true division would take
+// longer than memory does.
+__device__ inline float element(float g, float x, float inverse, float *dx) {
+    float v = x * inverse;
     bool inside = fabsf(v) <= QMAX;
     *dx = inside ? g : 0.0f;
-    return g * (inside ? c - v : c);
+    return g * (inside ? rintf(v) - v : copysignf(QMAX, v));
 }
 
 extern "C" __global__ void backward(T *dx, float *parts, const T *grad, const T *x, const float *scale, long long n) {
-    float s = *scale, sum = 0;
+    float inverse = 1.0f / *scale, sum = 0;
     PACKS(i, n) {
         Pack g = load(grad, i, n), a = load(x, i, n);
         for (int k = 0; k < PACK; k++) {
             float d;
-            sum += element(g.v[k], a.v[k], s, &d);
+            sum += element(g.v[k], a.v[k], inverse, &d);
             a.v[k] = d;
         }
         store(dx, i, n, a);
@@ -57,10 +59,10 @@ extern "C" __global__ void weight_codes(T *out, const float *w, const u8 *mask, 
 extern "C" __global__ void weight_backward(float *dw, float *ds, const float *grad, const float *w, const u8 *mask,
                                            const float *scale, long long width, float divisor) {
     long long at = blockIdx.x * width;
-    float s = scale[blockIdx.x], sum = 0;
+    float inverse = 1.0f / scale[blockIdx.x], sum = 0;
     for (long long i = threadIdx.x; i < width; i += blockDim.x) {
         float m = (float)mask[at + i], d;
-        sum += element(grad[at + i], w[at + i] * m, s, &d);
+        sum += element(grad[at + i], w[at + i] * m, inverse, &d);
         dw[at + i] = d * m;
     }
     sum = block_sum(sum);

@@ -18,28 +18,38 @@ pub enum MaskGradient {
     All,
 }
 
-/// `weight * mask` for f32 `weight` and u8 `mask` of one shape, as `element`: f32 or, on a GPU, bf16. Dropped
-/// elements are +0. The gradient is f32, also that of the result.
-pub fn masked(tape: &Tape, weight: &Var, mask: &Tensor, gradient: MaskGradient, element: DType) -> Var {
-    assert_eq!(weight.shape(), mask.shape(), "masked");
-    let apply = |x: &Tensor, mask: &Tensor, element| match x.device() {
+/// f32 `weights` as `element`, f32 or on a GPU bf16, times the u8 mask of one shape where there is one: on a GPU in one
+/// launch. Dropped elements are +0. The gradients are f32, also those of the results.
+pub fn multiplied(
+    tape: &Tape,
+    weights: &[(Var, Option<Tensor>)],
+    gradient: MaskGradient,
+    element: DType,
+) -> Vec<Var> {
+    for (w, mask) in weights {
+        assert!(mask.as_ref().is_none_or(|m| m.shape() == w.shape()), "masked: {:?}", w.shape());
+    }
+    let Some((first, _)) = weights.first() else { return Vec::new() };
+    let values = match first.value().device() {
         Device::Cpu => {
             assert_eq!(element, DType::F32, "a CPU computes in f32");
-            cpu::apply(x, mask)
+            let of = |w: &Tensor, mask: &Option<Tensor>| mask.as_ref().map_or(w.clone(), |m| cpu::apply(w, m));
+            weights.iter().map(|(w, mask)| of(w.value(), mask)).collect()
         }
-        Device::Cuda(gpu) => cuda::apply(gpu, x, mask, element),
+        Device::Cuda(gpu) => cuda::multiplied(gpu, weights, element),
     };
-    let out = apply(weight.value(), mask, element);
-    let (w2, mask) = (weight.clone(), mask.clone());
-    tape.push(out, &[weight], move |grad, grads| {
-        grads.add(
-            &w2,
-            match gradient {
-                MaskGradient::Kept => apply(grad, &mask, DType::F32),
-                MaskGradient::All => grad.clone(),
-            },
-        )
-    })
+    let pushed = weights.iter().zip(values).map(|((w, mask), value)| {
+        let (w2, mask) = (w.clone(), mask.clone().filter(|_| gradient == MaskGradient::Kept));
+        tape.push(value, &[w], move |grad, grads| {
+            let grad = match (&mask, grad.device()) {
+                (None, _) => grad.clone(),
+                (Some(mask), Device::Cpu) => cpu::apply(grad, mask),
+                (Some(mask), Device::Cuda(gpu)) => cuda::apply(gpu, grad, mask),
+            };
+            grads.add(&w2, grad);
+        })
+    });
+    pushed.collect()
 }
 
 #[cfg(test)]
@@ -47,6 +57,39 @@ mod tests {
     use super::super::check::{check, noise};
     use super::super::weighted_sum::dot;
     use super::*;
+
+    fn masked(tape: &Tape, weight: &Var, mask: &Tensor, gradient: MaskGradient, element: DType) -> Var {
+        multiplied(tape, &[(weight.clone(), Some(mask.clone()))], gradient, element).remove(0)
+    }
+
+    /// Weights with and without masks, one of them more than a block makes.
+    #[test]
+    fn many_weights_are_made_at_once() {
+        let inputs = [noise(&[3], 1), noise(&[2, 4], 2), noise(&[83, 100], 3)];
+        let mask = |n: usize| Tensor::from_u8((0..n).map(|i| (i % 3 == 0) as u8).collect(), &[n]);
+        let masks = [None, Some(mask(8).reshape(&[2, 4])), Some(mask(8300).reshape(&[83, 100]))];
+        let of = |t: &Tape, v: &[Var], element, which: usize| {
+            let on = |m: &Option<Tensor>| m.as_ref().map(|m| m.to(v[0].value().device()));
+            let weights: Vec<_> = v.iter().cloned().zip(masks.iter().map(on)).collect();
+            multiplied(t, &weights, MaskGradient::Kept, element)[which].clone()
+        };
+        for element in [DType::F32, DType::Bf16] {
+            for device in super::super::check::devices() {
+                if device == Device::Cpu && element == DType::Bf16 {
+                    continue;
+                }
+                let tape = Tape::recording();
+                let v: Vec<Var> = inputs.iter().map(|t| tape.leaf(t.to(device))).collect();
+                for which in 0..3 {
+                    let kept = |i: usize| which == 0 || i % 3 == 0;
+                    let want = inputs[which].f32().iter().enumerate().map(|(i, &x)| if kept(i) { x } else { 0.0 });
+                    let want = Tensor::from_f32(want.collect(), inputs[which].shape());
+                    let want = if element == DType::Bf16 { want.to_bf16() } else { want };
+                    assert_eq!(of(&tape, &v, element, which).value().to(Device::Cpu), want, "{device:?} {which}");
+                }
+            }
+        }
+    }
 
     #[test]
     fn matches_reference_and_passes_straight_through_when_asked() {

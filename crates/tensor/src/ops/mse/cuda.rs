@@ -1,15 +1,15 @@
 use crate::cuda::{Arg, Gpu, Grid, Source, source};
 use crate::ops::cross_entropy::mean;
-use crate::{Device, Tensor};
+use crate::{Device, Flags, Tensor};
 
 pub(crate) static SOURCE: Source = source!("mse");
 
 /// Rows of a block: a warp each.
 const ROWS: usize = 8;
 
-pub(super) fn forward(gpu: Gpu, x: &Tensor, target: &Tensor, counts: Option<&[bool]>, n: f32) -> Tensor {
+pub(super) fn forward(gpu: Gpu, x: &Tensor, target: &Tensor, counts: Option<&Flags>, n: f32) -> Tensor {
     let sums = Tensor::stale_on(Device::Cuda(gpu), &[target.rows()]);
-    let flags = gpu.upload_flags(counts);
+    let flags = counts.map(|c| c.on(gpu));
     gpu.launch(
         SOURCE.of(x.dtype()),
         "row_sums",
@@ -18,7 +18,7 @@ pub(super) fn forward(gpu: Gpu, x: &Tensor, target: &Tensor, counts: Option<&[bo
             sums.memory().into(),
             x.memory().into(),
             target.memory().into(),
-            flags.as_ref().map_or(Arg::Pointer(0), Arg::from),
+            flags.map_or(Arg::Pointer(0), Arg::from),
             target.rows().into(),
             target.width().into(),
         ],
@@ -31,11 +31,11 @@ pub(super) fn backward(
     grad: &Tensor,
     x: &Tensor,
     target: &Tensor,
-    counts: Option<&[bool]>,
+    counts: Option<&Flags>,
     n: f32,
 ) -> Tensor {
     let dx = Tensor::stale_of(gpu, x.dtype(), x.shape());
-    let flags = gpu.upload_flags(counts);
+    let flags = counts.map(|c| c.on(gpu));
     gpu.launch(
         SOURCE.of(x.dtype()),
         "backward",
@@ -45,7 +45,7 @@ pub(super) fn backward(
             grad.memory().into(),
             x.memory().into(),
             target.memory().into(),
-            flags.as_ref().map_or(Arg::Pointer(0), Arg::from),
+            flags.map_or(Arg::Pointer(0), Arg::from),
             n.into(),
             target.rows().into(),
             target.width().into(),

@@ -6,11 +6,11 @@ mod cuda;
 #[cfg(test)]
 pub(crate) use cuda::SOURCE;
 
-use crate::{Device, Tape, Tensor, Var};
+use crate::{Device, Flags, Tape, Tensor, Var};
 
 /// `mean over counted rows and their elements of (x - target)^2`, shape `[1]`. Same shapes; rows whose
 /// `counts` is false (padding) are left out.
-pub fn mse(tape: &Tape, x: &Var, target: &Tensor, counts: Option<&[bool]>) -> Var {
+pub fn mse(tape: &Tape, x: &Var, target: &Tensor, counts: Option<&Flags>) -> Var {
     assert_eq!(x.shape(), target.shape(), "mse");
     if let Some(c) = counts {
         assert_eq!(c.len(), target.rows(), "mse: one flag per row");
@@ -18,14 +18,14 @@ pub fn mse(tape: &Tape, x: &Var, target: &Tensor, counts: Option<&[bool]>) -> Va
     let rows = counts.map_or(target.rows(), |c| c.iter().filter(|&&c| c).count());
     let n = (rows * target.width()).max(1) as f32;
     let loss = match target.device() {
-        Device::Cpu => Tensor::scalar(cpu::forward(x.value(), target, counts) / n),
+        Device::Cpu => Tensor::scalar(cpu::forward(x.value(), target, counts.map(|c| &**c)) / n),
         Device::Cuda(gpu) => cuda::forward(gpu, x.value(), target, counts, n),
     };
-    let (x2, target, counts) = (x.clone(), target.clone(), counts.map(<[bool]>::to_vec));
+    let (x2, target, counts) = (x.clone(), target.clone(), counts.cloned());
     tape.push(loss, &[x], move |grad, grads| {
         let dx = match grad.device() {
             Device::Cpu => cpu::backward(2.0 * grad.item() / n, x2.value(), &target, counts.as_deref()),
-            Device::Cuda(gpu) => cuda::backward(gpu, grad, x2.value(), &target, counts.as_deref(), n),
+            Device::Cuda(gpu) => cuda::backward(gpu, grad, x2.value(), &target, counts.as_ref(), n),
         };
         grads.add(&x2, dx);
     })
@@ -43,9 +43,9 @@ mod tests {
 
     #[test]
     fn matches_reference() {
-        let counts = [true, false, true];
+        let counts = Flags::from(vec![true, false, true]);
         // The last has wider rows than a block has threads.
-        for (counts, n, w) in [(None, 12.0, 4), (Some(&counts[..]), 8.0, 4), (Some(&counts[..]), 600.0, 300)]
+        for (counts, n, w) in [(None, 12.0, 4), (Some(&counts), 8.0, 4), (Some(&counts), 600.0, 300)]
         {
             let target = noise(&[3, w], 2);
             check_both(
