@@ -325,9 +325,9 @@ impl Forward<'_> {
             Positions::Learned { .. } => None,
         };
         let own = attention_of(s, tokens, tokens, s.causal, self.pattern);
-        let cross = source.filter(|_| s.cross).map(|(encoded, source)| {
-            (encoded, attention_of(s, tokens, source, false, self.pattern))
-        });
+        let cross = source
+            .filter(|_| s.cross)
+            .map(|(encoded, source)| (encoded, attention_of(s, tokens, source, false, self.pattern)));
         for i in 0..s.layers {
             let at = format!("{name}.{i}");
             x = self.sublayer(&format!("{at}.attn.norm"), s, &x, |x| {

@@ -243,8 +243,9 @@ fn square_sum(x: &Tensor) -> f64 {
 pub fn normal(shape: &[usize], deviation: f32, seed: u64) -> Tensor {
     let key = seed.wrapping_mul(0xD134_2543_DE82_EF95).wrapping_add(1);
     let unit = |i: usize| (random(key, i as u32) as f64 + 0.5) / 4_294_967_296.0;
-    let one =
-        |i: usize| (-2.0 * f64::ln(unit(2 * i))).sqrt() * (2.0 * std::f64::consts::PI * unit(2 * i + 1)).cos();
+    let one = |i: usize| {
+        (-2.0 * f64::ln(unit(2 * i))).sqrt() * (2.0 * std::f64::consts::PI * unit(2 * i + 1)).cos()
+    };
     let mut out = Tensor::stale(shape);
     par_elements(out.f32_mut(), |at, part| {
         part.iter_mut().enumerate().for_each(|(i, x)| *x = one(at + i) as f32 * deviation);

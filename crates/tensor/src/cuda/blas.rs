@@ -121,7 +121,12 @@ impl Blas {
             });
         }
         let handle = result::create_handle().map_err(|e| failed(gpu, "open cuBLASLt", e))?;
-        Ok(Blas { handle, workspace: gpu.allocate(WORKSPACE), zero_and_one: gpu.upload(&[0.0f32, 1.0]), plans: Mutex::default() })
+        Ok(Blas {
+            handle,
+            workspace: gpu.allocate(WORKSPACE),
+            zero_and_one: gpu.upload(&[0.0f32, 1.0]),
+            plans: Mutex::default(),
+        })
     }
 
     pub(super) fn multiply(&self, gpu: Gpu, p: &Product) -> Result<(), CudaError> {

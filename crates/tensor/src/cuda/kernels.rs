@@ -190,11 +190,7 @@ pub(super) fn compile(variant: &Variant, target: &str) -> Result<Vec<u8>, CudaEr
 }
 
 /// [`compile`] with more options; gives the compiler's log too.
-fn compile_with_log(
-    variant: &Variant,
-    target: &str,
-    more: &[&str],
-) -> Result<(Vec<u8>, String), CudaError> {
+fn compile_with_log(variant: &Variant, target: &str, more: &[&str]) -> Result<(Vec<u8>, String), CudaError> {
     let source = variant.source;
     let failed = |log: String| CudaError::Compile { source_name: source.name, target: target.into(), log };
     let line = "\n#line 1 \"kernel.cu\"\n";
@@ -259,14 +255,14 @@ mod tests {
         let both = [DType::F32, DType::Bf16];
         let plain = crate::ops::SOURCES.iter().flat_map(|s| both.map(|element| s.of(element)));
         let variants: Vec<Variant> = plain.chain(crate::ops::attention::flash_variants()).collect();
-        // With --nocapture and GPUSQ_REGISTERS, what each kernel of these takes: registers, spills.
+        // With --nocapture and GPUSQ_REGISTERS, what each kernel of this source, or of `all`, takes: registers, spills.
         let shown = env::var("GPUSQ_REGISTERS").unwrap_or_default();
         variants.par_iter().for_each(|variant| {
             for target in ["sm_80", "sm_89", "sm_90a"] {
                 let (cubin, log) = compile_with_log(variant, target, &["--ptxas-options=-v"])
                     .unwrap_or_else(|e| panic!("{e}"));
                 assert_eq!(&cubin[..4], b"\x7fELF", "{} {target}", variant.source.name);
-                if variant.source.name == shown {
+                if shown == "all" || variant.source.name == shown {
                     println!("{} {:?} {target}\n{log}", variant.header(), variant.element);
                 }
             }

@@ -74,7 +74,7 @@ mod tests {
     fn classes_hold_their_bytes_and_waste_little() {
         for bytes in [1, 511, 512, 513, 5000, 65_536, 65_537, 1_000_003, 123_456_789] {
             let c = class(bytes);
-            assert!(c >= bytes && c % SMALLEST == 0 && class(c) == c, "{bytes}: {c}");
+            assert!(c >= bytes && c.is_multiple_of(SMALLEST) && class(c) == c, "{bytes}: {c}");
             assert!(c - bytes < SMALLEST || (c - bytes) * 8 <= c, "{bytes}: {c}");
         }
     }

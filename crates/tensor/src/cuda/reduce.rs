@@ -16,7 +16,8 @@ pub(crate) fn column_sums(gpu: Gpu, x: &Tensor, y: Option<&Tensor>) -> [Option<T
     let stale = || Tensor::stale_on(Device::Cuda(gpu), &[parts, width]);
     let (out, products) = (stale(), y.map(|_| stale()));
     let pack = 16 / x.dtype().size();
-    let (columns, kernel) = if width % pack == 0 { (32 * pack, "column_sums_pack") } else { (32, "column_sums_1") };
+    let (columns, kernel) =
+        if width % pack == 0 { (32 * pack, "column_sums_pack") } else { (32, "column_sums_1") };
     let grid = Grid { blocks: [width.div_ceil(columns) as u32, parts as u32, 1], threads: 256, shared: 0 };
     let of = |t: Option<&Tensor>| t.map_or(Arg::Pointer(0), |t| t.memory().into());
     gpu.launch(

@@ -1,7 +1,7 @@
 use super::cpu::{EXACT, output_shape};
 use crate::cuda::{Arg, Factor, Gpu, Grid, Operand, Product, Source, source};
-use crate::ops::{add, cast};
 use crate::ops::lsq::QMAX;
+use crate::ops::{add, cast};
 use crate::{DType, Device, Tensor};
 
 pub(crate) static SOURCE: Source = source!("linear");

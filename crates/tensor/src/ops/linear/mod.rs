@@ -3,8 +3,8 @@
 mod cpu;
 mod cuda;
 
-use super::{add, cast};
 use super::lsq::Quantized;
+use super::{add, cast};
 use crate::cuda::reduce::column_sums;
 use crate::{DType, Device, Tape, Tensor, Var};
 

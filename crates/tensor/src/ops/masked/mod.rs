@@ -33,7 +33,8 @@ pub fn multiplied(
     let values = match first.value().device() {
         Device::Cpu => {
             assert_eq!(element, DType::F32, "a CPU computes in f32");
-            let of = |w: &Tensor, mask: &Option<Tensor>| mask.as_ref().map_or(w.clone(), |m| cpu::apply(w, m));
+            let of =
+                |w: &Tensor, mask: &Option<Tensor>| mask.as_ref().map_or(w.clone(), |m| cpu::apply(w, m));
             weights.iter().map(|(w, mask)| of(w.value(), mask)).collect()
         }
         Device::Cuda(gpu) => cuda::multiplied(gpu, weights, element),
@@ -81,11 +82,16 @@ mod tests {
                 let tape = Tape::recording();
                 let v: Vec<Var> = inputs.iter().map(|t| tape.leaf(t.to(device))).collect();
                 for which in 0..3 {
-                    let kept = |i: usize| which == 0 || i % 3 == 0;
-                    let want = inputs[which].f32().iter().enumerate().map(|(i, &x)| if kept(i) { x } else { 0.0 });
+                    let kept = |i: usize| which == 0 || i.is_multiple_of(3);
+                    let want =
+                        inputs[which].f32().iter().enumerate().map(|(i, &x)| if kept(i) { x } else { 0.0 });
                     let want = Tensor::from_f32(want.collect(), inputs[which].shape());
                     let want = if element == DType::Bf16 { want.to_bf16() } else { want };
-                    assert_eq!(of(&tape, &v, element, which).value().to(Device::Cpu), want, "{device:?} {which}");
+                    assert_eq!(
+                        of(&tape, &v, element, which).value().to(Device::Cpu),
+                        want,
+                        "{device:?} {which}"
+                    );
                 }
             }
         }

@@ -45,8 +45,7 @@ mod tests {
     fn matches_reference() {
         let counts = Flags::from(vec![true, false, true]);
         // The last has wider rows than a block has threads.
-        for (counts, n, w) in [(None, 12.0, 4), (Some(&counts), 8.0, 4), (Some(&counts), 600.0, 300)]
-        {
+        for (counts, n, w) in [(None, 12.0, 4), (Some(&counts), 8.0, 4), (Some(&counts), 600.0, 300)] {
             let target = noise(&[3, w], 2);
             check_both(
                 &[noise(&[3, w], 1)],
