@@ -6,18 +6,13 @@ struct Slot {
     const float *g;
     long long n;
     float lr, decay;
-    int positive, first_block;
+    int positive;
+    u32 first_block;
 };
 
-// The tensor that this block works on: the last one that begins at it or before.
+// The tensor that this block works on, and which of its elements.
 __device__ inline Slot own(const Slot *table, int entries, long long *from, long long *to) {
-    int low = 0, high = entries - 1;
-    while (low < high) {
-        int middle = (low + high + 1) / 2;
-        if (table[middle].first_block <= (int)blockIdx.x) low = middle;
-        else high = middle - 1;
-    }
-    Slot s = table[low];
+    Slot s = own_entry(table, entries);
     *from = ((long long)blockIdx.x - s.first_block) * CHUNK;
     *to = *from + CHUNK < s.n ? *from + CHUNK : s.n;
     return s;

@@ -21,6 +21,20 @@ struct bf16 {
 #define EACH(i, n) \
     for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < (n); i += (long long)gridDim.x * blockDim.x)
 
+// Kernels with a warp for each row and eight rows a block (ROWS in their launchers).
+#define OWN_ROW long long row = (long long)blockIdx.x * 8 + threadIdx.x / 32; int lane = threadIdx.x % 32
+
+// Kernels over many arrays find theirs in a table: the last entry that begins at this block or before.
+template <class Entry> __device__ inline const Entry &own_entry(const Entry *table, int entries) {
+    int low = 0, high = entries - 1;
+    while (low < high) {
+        int middle = (low + high + 1) / 2;
+        if (table[middle].first_block <= blockIdx.x) low = middle;
+        else high = middle - 1;
+    }
+    return table[low];
+}
+
 __device__ inline float warp_sum(float v) {
     for (int d = 16; d; d >>= 1) v += __shfl_xor_sync(~0u, v, d);
     return v;
@@ -52,6 +66,24 @@ __device__ inline float block_max(float v) {
     float most = part[0];
     for (int w = 1; w < (blockDim.x + 31) / 32; w++) most = fmaxf(most, part[w]);
     return most;
+}
+
+// x * factor, kept out of fused multiply-adds: those would take the rounding error of huge logits for a difference.
+__device__ inline float scaled(float x, float factor) { return __fmul_rn(x, factor); }
+
+struct LogSum {
+    float most, log;
+};
+
+// Largest element times the factor, and log of the sum of e^(x * factor) around it, as ops/cross_entropy/cpu.rs. All
+// threads of the block call it together.
+__device__ inline LogSum log_sum_exp(const float *row, long long width, float factor) {
+    float most = -__int_as_float(0x7F800000);
+    for (long long c = threadIdx.x; c < width; c += blockDim.x) most = fmaxf(most, row[c]);
+    most = scaled(block_max(most), factor);
+    float sum = 0.0f;
+    for (long long c = threadIdx.x; c < width; c += blockDim.x) sum += expf(scaled(row[c], factor) - most);
+    return {most, logf(block_sum(sum))};
 }
 
 // The INT8 code of x under step size s, as ops/lsq/cpu.rs: true division, round half to even, NaN gives 0.

@@ -1,19 +1,5 @@
 // One block per row.
 
-struct LogSum {
-    float most, log;
-};
-
-// Largest element, and log of the sum of e^x around it, as cpu.rs. All threads of the block call it together.
-__device__ LogSum log_sum_exp(const float *row, long long width) {
-    float most = -__int_as_float(0x7F800000);
-    for (long long c = threadIdx.x; c < width; c += blockDim.x) most = fmaxf(most, row[c]);
-    most = block_max(most);
-    float sum = 0.0f;
-    for (long long c = threadIdx.x; c < width; c += blockDim.x) sum += expf(row[c] - most);
-    return {most, logf(block_sum(sum))};
-}
-
 // The loss of each row; 0 for a row that does not count.
 extern "C" __global__ void row_losses(float *out, const float *logits, const int *labels, int ignore, long long width) {
     int label = labels[blockIdx.x];
@@ -22,7 +8,7 @@ extern "C" __global__ void row_losses(float *out, const float *logits, const int
         return;
     }
     const float *row = logits + blockIdx.x * width;
-    LogSum z = log_sum_exp(row, width);
+    LogSum z = log_sum_exp(row, width, 1.0f);
     if (threadIdx.x == 0) out[blockIdx.x] = z.log - (row[label] - z.most);
 }
 
@@ -37,7 +23,7 @@ extern "C" __global__ void backward(
         return;
     }
     const float *row = logits + blockIdx.x * width;
-    LogSum z = log_sum_exp(row, width);
+    LogSum z = log_sum_exp(row, width, 1.0f);
     float g = *grad / counted;
     for (long long c = threadIdx.x; c < width; c += blockDim.x) {
         float slope = g * expf(row[c] - z.most - z.log);

@@ -1,22 +1,5 @@
 // One block per row. `counts` is null if every row counts.
 
-struct LogSum {
-    float most, log;
-};
-
-// x * factor, kept out of fused multiply-adds: those would take the rounding error of huge logits for a difference.
-__device__ float scaled(float x, float factor) { return __fmul_rn(x, factor); }
-
-// Largest element, and log of the sum of e^(x * factor) around it. All threads of the block call it together.
-__device__ LogSum log_sum_exp(const float *row, long long width, float factor) {
-    float most = -__int_as_float(0x7F800000);
-    for (long long c = threadIdx.x; c < width; c += blockDim.x) most = fmaxf(most, row[c]);
-    most = scaled(block_max(most), factor);
-    float sum = 0.0f;
-    for (long long c = threadIdx.x; c < width; c += blockDim.x) sum += expf(scaled(row[c], factor) - most);
-    return {most, logf(block_sum(sum))};
-}
-
 // The divergence of each row; 0 for a row that does not count. `factor` is the inverse of the temperature.
 extern "C" __global__ void row_losses(
     float *out, const float *student, const float *teacher, const u8 *counts, float factor, long long width

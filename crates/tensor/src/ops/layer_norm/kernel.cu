@@ -1,5 +1,4 @@
 // A warp for each row, eight rows a block. The row is read again for each pass; it stays in the cache.
-#define ROW long long row = (long long)blockIdx.x * 8 + threadIdx.x / 32; int lane = threadIdx.x % 32
 
 // The row's columns [c, c + count): of x, plus the residual where there is one.
 template <int COUNT> __device__ inline void sum_of(float *v, const T *x, const T *residual, long long c) {
@@ -122,7 +121,7 @@ __device__ inline void backward_held(T *dx, const T *grad, const T *normal, floa
 // `normal` and `rstd` are null when no backward follows, `residual` when there is none.
 extern "C" __global__ void forward(T *y, T *normal, float *rstd, const T *x, const T *residual, const float *gain,
                                    const float *bias, long long rows, long long width, float eps) {
-    ROW;
+    OWN_ROW;
     if (row >= rows) return;
     long long at = row * width;
     T *n = normal ? normal + at : normal;
@@ -159,7 +158,7 @@ __device__ inline void backward_row(T *dx, const T *grad, const T *normal, float
 
 extern "C" __global__ void backward(T *dx, const T *grad, const T *normal, const float *rstd, const float *gain,
                                     long long rows, long long width) {
-    ROW;
+    OWN_ROW;
     if (row >= rows) return;
     long long at = row * width;
     if (width % PACK == 0 && width <= HELD * 32 * PACK)

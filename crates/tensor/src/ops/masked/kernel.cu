@@ -19,17 +19,11 @@ struct Entry {
     long long n, first_block;
 };
 
-// A block makes CHUNK elements of one weight: the last one that begins at it or before.
+// A block makes CHUNK elements of one weight.
 constexpr long long CHUNK = 8192;
 
 extern "C" __global__ void multiplied(const Entry *table, int entries) {
-    int low = 0, high = entries - 1;
-    while (low < high) {
-        int middle = (low + high + 1) / 2;
-        if (table[middle].first_block <= blockIdx.x) low = middle;
-        else high = middle - 1;
-    }
-    Entry e = table[low];
+    Entry e = own_entry(table, entries);
     long long from = (blockIdx.x - e.first_block) * CHUNK, to = from + CHUNK < e.n ? from + CHUNK : e.n;
     for (long long i = from + threadIdx.x * PACK; i < to; i += blockDim.x * PACK) mask_pack(e.out, e.x, e.mask, i, e.n);
 }

@@ -1,5 +1,4 @@
 // A warp for each row, eight rows a block. `counts` is null if every row counts.
-#define ROW long long row = (long long)blockIdx.x * 8 + threadIdx.x / 32; int lane = threadIdx.x % 32
 
 // Runs f(first column, columns) over a row: by packs where rows begin at pack boundaries.
 template <class F> __device__ inline void columns(int lane, long long width, F f) {
@@ -12,7 +11,7 @@ template <class F> __device__ inline void columns(int lane, long long width, F f
 // The sum of squares of each row; 0 for a row that does not count.
 extern "C" __global__ void row_sums(float *out, const T *x, const T *target, const u8 *counts, long long rows,
                                     long long width) {
-    ROW;
+    OWN_ROW;
     if (row >= rows) return;
     float sum = 0.0f;
     if (!counts || counts[row])
@@ -36,7 +35,7 @@ extern "C" __global__ void row_sums(float *out, const T *x, const T *target, con
 // The slope with respect to x; the loss was the mean of n squares.
 extern "C" __global__ void backward(T *dx, const float *grad, const T *x, const T *target, const u8 *counts, float n,
                                     long long rows, long long width) {
-    ROW;
+    OWN_ROW;
     if (row >= rows) return;
     float f = counts && !counts[row] ? 0.0f : 2.0f * *grad / n;
     columns(lane, width, [&](long long c, int count) {

@@ -1,9 +1,8 @@
 // A warp for each row, eight rows a block.
-#define ROW long long row = (long long)blockIdx.x * 8 + threadIdx.x / 32; int lane = threadIdx.x % 32
 
 extern "C" __global__ void forward(T *y, float *rstd, const T *x, const float *gain, long long rows,
                                    long long width, float eps) {
-    ROW;
+    OWN_ROW;
     if (row >= rows) return;
     x += row * width;
     float squares = 0;
@@ -16,7 +15,7 @@ extern "C" __global__ void forward(T *y, float *rstd, const T *x, const float *g
 // `normal` receives x / rms, from which the gain's gradient is summed.
 extern "C" __global__ void backward(T *dx, T *normal, const T *grad, const T *x, const float *rstd,
                                     const float *gain, long long rows, long long width) {
-    ROW;
+    OWN_ROW;
     if (row >= rows) return;
     float r = rstd[row], along = 0;
     for (long long i = lane; i < width; i += 32) along += grad[row * width + i] * gain[i] * x[row * width + i];
