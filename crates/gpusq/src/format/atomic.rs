@@ -195,10 +195,10 @@ mod tests {
 
     #[test]
     fn a_full_disk_is_one_clear_error_and_leaves_nothing() {
-        let Some(disk) = Tmpfs::mount("64k") else { return };
+        let Some(disk) = Tmpfs::mount("1m") else { return };
         let path = disk.0.path().join("a.bin");
         write_file(&path, |w| w.write_all(b"old")).unwrap();
-        let error = write_file(&path, |w| w.write_all(&[7; 1 << 20])).unwrap_err();
+        let error = write_file(&path, |w| w.write_all(&[7; 4 << 20])).unwrap_err();
         assert!(
             matches!(&error, Error::Io { path: p, source } if *p == path
             && source.kind() == io::ErrorKind::StorageFull),
@@ -211,8 +211,8 @@ mod tests {
         );
         assert_eq!(fs::read(&path).unwrap(), b"old");
         assert_eq!(names(disk.0.path()), ["a.bin"]);
-        // What was taken is given back.
-        write_file(&path, |w| w.write_all(&[7; 40 << 10])).unwrap();
+        // What was taken is given back, apart from the few pages that the system counts late.
+        write_file(&path, |w| w.write_all(&[7; 512 << 10])).unwrap();
     }
 
     #[test]
