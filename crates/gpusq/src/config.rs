@@ -285,7 +285,7 @@ macro_rules! seed_doc {
 
 macro_rules! precision_doc {
     () => {
-        "What models are trained and run in: f32, bf16 (on GPUs; weights, sums and the optimiser stay f32), or auto, bf16 on a GPU and f32 on a CPU."
+        "What models are trained in: f32, bf16 (on GPUs; weights, sums and the optimiser stay f32), or auto, bf16 on a GPU and f32 on a CPU; scores are taken in f32 in any case."
     };
 }
 

@@ -90,6 +90,7 @@ impl State {
     /// What writing meets; the file that was there stays.
     pub fn save(&self, path: &Path, params: &Params) -> Result<()> {
         let mut tensors = Vec::new();
+        let devices: Vec<Device> = self.moments.values().map(|m| m.first.device()).take(1).collect();
         let params = params.to(Device::Cpu);
         for (name, w) in params.iter() {
             match w {
@@ -108,6 +109,10 @@ impl State {
             let m = m.to(Device::Cpu);
             tensors.push((format!("first/{name}"), m.first));
             tensors.push((format!("second/{name}"), m.second));
+        }
+        // A GPU that failed meanwhile left zeros, which must not take the place of a good state.
+        for device in devices {
+            device.check()?;
         }
         let progress = serde_json::to_string(&self.progress).expect("plain data serialises");
         let sum = checksum(progress.as_bytes());

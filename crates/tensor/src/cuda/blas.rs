@@ -109,17 +109,22 @@ unsafe impl Send for Blas {}
 // SAFETY: as above.
 unsafe impl Sync for Blas {}
 
+/// An error that says what was searched, if there is no cuBLASLt here.
+pub(super) fn need() -> Result<(), CudaError> {
+    // SAFETY: loads and unloads the library, which is made for it.
+    if unsafe { sys::is_culib_present() } {
+        return Ok(());
+    }
+    Err(CudaError::Library {
+        library: "cuBLASLt",
+        searched: searched("cublasLt"),
+        remedy: "install the CUDA toolkit's runtime libraries or the wheel nvidia-cublas, and name their folder in \
+                 LD_LIBRARY_PATH",
+    })
+}
+
 impl Blas {
     pub(super) fn open(gpu: Gpu) -> Result<Blas, CudaError> {
-        // SAFETY: loads and unloads the library, which is made for it.
-        if !unsafe { sys::is_culib_present() } {
-            return Err(CudaError::Library {
-                library: "cuBLASLt",
-                searched: searched("cublasLt"),
-                remedy: "install the CUDA toolkit's runtime libraries or the wheel nvidia-cublas, and name their \
-                         folder in LD_LIBRARY_PATH",
-            });
-        }
         let handle = result::create_handle().map_err(|e| failed(gpu, "open cuBLASLt", e))?;
         Ok(Blas {
             handle,

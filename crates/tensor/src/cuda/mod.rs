@@ -105,8 +105,13 @@ struct Module {
 }
 
 // SAFETY: module and function handles may be used from any thread in which the context is current, which
-// `Gpu::bound` sees to; the maps that hold them are behind a mutex.
+// `Gpu::bind` sees to; the maps that hold them are behind a mutex.
 unsafe impl Send for Module {}
+
+thread_local! {
+    /// Whose context is the thread's.
+    static BOUND: Cell<Option<Gpu>> = const { Cell::new(None) };
+}
 
 impl Gpu {
     /// Opens GPU `ordinal`. Opening it again gives the same one.
@@ -125,7 +130,10 @@ impl Gpu {
         }
         kernels::need_driver()?;
         kernels::need_compiler()?;
+        blas::need()?;
         let context = CudaContext::new(ordinal).map_err(|e| failed("open", e))?;
+        // That made it the thread's.
+        BOUND.set(None);
         let stream = context.new_stream().map_err(|e| failed("make a stream", e))?;
         let (major, minor) = context.compute_capability().map_err(|e| failed("ask its architecture", e))?;
         if major < 8 {
@@ -170,6 +178,12 @@ impl Gpu {
     /// The most bytes of tensors that were in use at one time since the last call.
     pub fn peak_memory(self) -> u64 {
         lock(&self.0.pool).peak() as u64
+    }
+
+    /// Bytes of shared memory that one block may have.
+    pub(crate) fn shared_memory(self) -> usize {
+        use sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as MOST;
+        self.0.context.attribute(MOST).map_or(0, |n| n as usize)
     }
 
     /// Waits for all work asked for so far and hands over the first failure since the last call. After
@@ -255,7 +269,6 @@ impl Gpu {
 
     /// Makes this GPU's context the thread's, if it is not.
     fn bind(self) -> Result<(), DriverError> {
-        thread_local!(static BOUND: Cell<Option<Gpu>> = const { Cell::new(None) });
         if BOUND.get() == Some(self) {
             return Ok(());
         }
@@ -346,9 +359,12 @@ impl Gpu {
         Ok(f)
     }
 
-    /// `c = alpha * a b + beta * c` in f32, as [`crate::cpu::gemm`].
+    /// `c = alpha * a b + beta * c`, summed in f32.
     pub(crate) fn gemm(self, product: &Product) {
         if product.m == 0 || product.n == 0 || self.failed() {
+            return;
+        }
+        if !self.attempt("multiply matrices", |_| Ok(())) {
             return;
         }
         let blas = self.0.blas.get_or_init(|| match Blas::open(self) {

@@ -310,7 +310,7 @@ extern "C" __global__ void __launch_bounds__(128)
         sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
         int i = row + 8 * r;
         if (i >= queries) continue;
-        float inverse = sum[r] > 0.0f ? 1.0f / sum[r] : 0.0f;
+        float inverse = sum[r] == 0.0f ? 0.0f : 1.0f / sum[r];
         T *to = out + ((long long)b * queries + i) * q_stride + h * D + lane % 4 * 2;
 #pragma unroll
         for (int n = 0; n < D / 8; n++)
@@ -318,7 +318,7 @@ extern "C" __global__ void __launch_bounds__(128)
         // A query without a key: its weights come out as 0 again.
         if (log_sums && lane % 4 == 0)
             log_sums[(long long)blockIdx.y * queries + i] =
-                sum[r] > 0.0f ? top[r] + log2f(sum[r]) : -minus_infinity();
+                sum[r] == 0.0f ? -minus_infinity() : top[r] + log2f(sum[r]);
     }
 }
 

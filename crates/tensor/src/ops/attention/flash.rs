@@ -17,8 +17,12 @@ const GROUPS: [usize; 4] = [0, 4, 8, 16];
 /// Whether there are kernels for this attention of `q`.
 pub(super) fn takes(q: &Tensor, s: &Attention) -> bool {
     let most = i32::MAX as usize / 2;
+    let width = q.width() / s.heads;
+    // What the keys' gradient takes, the most of the three, with the 1 KiB that it declares.
+    let shared = grid(0, 0, 6, width).shared as usize + 1024;
     q.dtype() == DType::Bf16
-        && WIDTHS.contains(&(q.width() / s.heads))
+        && WIDTHS.contains(&width)
+        && matches!(q.device(), Device::Cuda(gpu) if shared <= gpu.shared_memory())
         && GROUPS.contains(&s.pattern.map_or(0, |(_, of)| of))
         && s.queries < most
         && s.keys < most

@@ -12,8 +12,8 @@ pub(super) fn forward(gpu: Gpu, x: &Tensor, w: &Tensor, bias: Option<&Tensor>, e
     let y = Tensor::stale_of(gpu, element, &output_shape(x, out));
     // cuBLASLt adds a bias of the output's type to rows of aligned length; others are written first and added to.
     let fused = bias.filter(|_| out % 8 == 0).map(|b| cast::apply(b, element));
-    let before = bias.filter(|_| fused.is_none());
-    if let Some(b) = before {
+    let before = bias.filter(|_| fused.is_none()).map(|b| cast::apply(b, DType::F32));
+    if let Some(b) = &before {
         let arguments = [y.memory().into(), b.memory().into(), out.into()];
         gpu.launch(SOURCE.of(element), "fill_rows", Grid::blocks(y.rows()), &arguments);
     }

@@ -160,11 +160,11 @@ mod tests {
             let wide = |t: &Tape, v: &[Var]| linear_as(t, &v[0], &v[1], Some(&v[2]), DType::F32);
             check_bf16(
                 &inputs,
-                &[0, 1],
+                &[0, 1, 2],
                 |t, v| linear(t, &v[0], &v[1], Some(&v[2])),
                 |x| reference(x, width),
             );
-            check_bf16(&inputs, &[0, 1], wide, |x| reference(x, width));
+            check_bf16(&inputs, &[0, 1, 2], wide, |x| reference(x, width));
         }
     }
 
