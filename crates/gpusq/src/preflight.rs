@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use gpusq_tensor::{DType, Device};
+use gpusq_tensor::Device;
 use serde::Serialize;
 
 use crate::arch;
@@ -13,8 +13,8 @@ use crate::forward::Compute;
 use crate::model::{Model, compressible};
 use crate::params::Weight;
 use crate::report::bytes;
-use crate::spec::{Stack, TransformerSpec};
 use crate::task::{Dataset, Tokenizer};
+use crate::train::Step;
 use crate::{Error, Result};
 
 /// What a run is about to do.
@@ -87,7 +87,8 @@ pub fn preflight(
     }
     let longest = train.examples.iter().chain(&dev.examples).map(|e| e.ids.len()).max().unwrap_or(0);
     let batch = batch.min(train.examples.len().max(1));
-    let memory = memory(spec, batch, longest, teacher, compresses, compute);
+    let step = Step { length: longest, teacher, quantises: compresses, compute };
+    let memory = step.bytes(spec, batch);
     // f32 weights of each stage, and the state (weights and two moments) of the one being trained.
     let disk = 4 * parameters as u64 * (stages + 3);
     let mut warnings = Vec::new();
@@ -100,10 +101,11 @@ pub fn preflight(
     };
     if let Some(have) = have.filter(|have| *have < memory) {
         warnings.push(format!(
-            "training may need {} of memory and {} has {}; lower batch_size or max_length",
+            "training may need {} of memory and {} has {}; {}",
             bytes(memory),
             compute.device,
-            bytes(have)
+            bytes(have),
+            step.advice(spec, have)
         ));
     }
     if let Some(free) = free_space(out).filter(|free| *free < disk) {
@@ -187,84 +189,9 @@ fn check_range(model: &Model) -> Result<()> {
     Ok(())
 }
 
-/// Bytes of memory that a training step needs, estimated: `batch` inputs of `length` tokens, under a teacher or not, with
-/// fake quantisation or not.
-fn memory(
-    spec: &TransformerSpec,
-    batch: usize,
-    length: usize,
-    teacher: bool,
-    quantises: bool,
-    compute: Compute,
-) -> u64 {
-    let parameters = spec.weights().iter().map(|(_, s)| s.iter().product::<usize>()).sum::<usize>();
-    let tokens = batch * length;
-    let bytes = if compute.element == DType::Bf16 {
-        // Attention keeps no scores, and gradients take the room of the activations that they are made of.
-        let multiplied: usize = spec.linears().iter().map(|l| l.rows * l.cols).sum();
-        let weights = 12 * parameters + if quantises { 3 } else { 2 } * multiplied;
-        let of_teacher = if teacher { 4 * parameters + 2 * multiplied } else { 0 };
-        let kept = |s: &Stack| {
-            let (inner, qkv) = (if s.gated { 3 } else { 2 } * s.ffn, s.head_dim * (s.heads + 2 * s.kv_heads));
-            // Codes of inputs, and quantised outputs beside those that were quantised.
-            let codes = if quantises { 4 * s.hidden + qkv + inner } else { 0 };
-            let taught = if teacher { s.hidden } else { 0 };
-            s.layers * (8 * s.hidden + qkv + inner + codes + taught)
-        };
-        let activations = 2 * tokens * spec.stacks().map(|(_, s)| kept(s)).sum::<usize>();
-        weights + of_teacher + activations.max(4 * parameters)
-    } else {
-        let activations: usize = spec.stacks().map(|(_, s)| activation_elements(s, batch, length)).sum();
-        // Weights, gradients and two moments in f32; the teacher's weights; activations of one step.
-        let copies = 4 + usize::from(teacher);
-        let logits = 4 * tokens * spec.embed_width;
-        4 * (parameters * copies + activations + logits)
-    };
-    bytes as u64
-}
-
-/// f32 elements that one training step in f32 keeps for a stack's backward pass.
-fn activation_elements(s: &Stack, batch: usize, length: usize) -> usize {
-    let tokens = batch * length;
-    let inner = if s.gated { 3 * s.ffn } else { 2 * s.ffn };
-    // Per token: norms and their normalised inputs, q, k, v, attention output, two sub-layer outputs, and
-    // as much again for gradients in flight.
-    let per_token = 10 * s.hidden + s.head_dim * (s.heads + 2 * s.kv_heads) + inner;
-    s.layers * (tokens * per_token + batch * s.heads * length * length)
-}
-
 /// Bytes of memory of this machine, where the system says.
 fn physical_memory() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find(|l| l.starts_with("MemTotal:"))?;
     line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::path::Path;
-
-    use super::*;
-    use crate::arch::Config;
-
-    /// Peaks of a distillation step of BERT-base, sequence 384, on an H200 (results/2026-11-24-h200-train-step.txt).
-    #[test]
-    fn memory_of_a_bf16_step_is_predicted_within_a_tenth() {
-        let text = r#"{"model_type":"bert","architectures":["BertForQuestionAnswering"],"vocab_size":30522,
-            "hidden_size":768,"num_hidden_layers":12,"num_attention_heads":12,"intermediate_size":3072,
-            "max_position_embeddings":512,"type_vocab_size":2}"#;
-        let config = Config::parse(Path::new("config.json"), text).unwrap();
-        let spec = (arch::find(&config).unwrap().spec)(&config).unwrap();
-        let compute = Compute { device: Device::Cpu, element: DType::Bf16 };
-        for (batch, quantises, gib) in
-            [(32, false, 6.34), (8, false, 3.09), (32, true, 9.58), (8, true, 3.96)]
-        {
-            let got = memory(&spec, batch, 384, true, quantises, compute) as f64 / (1u64 << 30) as f64;
-            assert!(
-                (got / gib - 1.0).abs() < 0.1,
-                "batch {batch}, {quantises}: {got:.2} GiB, measured {gib}"
-            );
-            println!("{got:.2} GiB predicted, {gib} measured");
-        }
-    }
 }

@@ -8,6 +8,7 @@ use gpusq_tensor::{AdamW, Device, Moments, Slot, Tape, Tensor, Update};
 use serde::{Deserialize, Serialize};
 
 use super::batch::{Batch, collate, shuffled};
+use super::memory::Step;
 use super::state::{SCALE, State};
 use crate::arch::{self, Layout};
 use crate::config::{self, Schedule};
@@ -289,6 +290,13 @@ pub fn fit(
     for m in state.moments.values_mut() {
         *m = m.to(how.compute.device);
     }
+    let quantises = student.params.iter().any(|(_, w)| matches!(w, Weight::Fake { .. }));
+    let needs = |batch: &Batch| Step {
+        length: batch.inputs.tokens.length,
+        teacher: how.teacher.is_some(),
+        quantises,
+        compute: how.compute,
+    };
     let mut order: (usize, Vec<Vec<usize>>) = (usize::MAX, Vec::new());
     while state.progress.step < steps && !state.progress.stopped {
         let step = state.progress.step;
@@ -298,7 +306,8 @@ pub fn fit(
         }
         let batch = collate(&data.examples, &order.1[step % per_epoch], data.head, how.pad);
         let lr = learning_rate(o, step, steps);
-        let terms = stepper.step(student, &mut state.moments, &batch, step, lr)?;
+        let done = stepper.step(student, &mut state.moments, &batch, step, lr);
+        let terms = needs(&batch).explain(&stepper.spec, order.1[step % per_epoch].len(), done)?;
         let p = &mut state.progress;
         p.step = step + 1;
         // No step is a multiple of 0, which stands for never.

@@ -2,7 +2,9 @@
 
 pub mod batch;
 mod fit;
+mod memory;
 mod state;
 
 pub use fit::{Event, Point, Recipe, Report, Stepper, fit, total_steps};
+pub use memory::Step;
 pub use state::State;
