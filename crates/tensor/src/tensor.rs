@@ -159,6 +159,11 @@ impl Tensor {
         Tensor { shape: shape.to_vec(), storage: Arc::new(Storage::Cuda(dtype, memory)) }
     }
 
+    /// The tensor that `memory` holds.
+    pub(crate) fn on_gpu(dtype: DType, memory: Memory, shape: &[usize]) -> Self {
+        Tensor { shape: shape.to_vec(), storage: Arc::new(Storage::Cuda(dtype, memory)) }
+    }
+
     /// Whether another tensor has the same storage, so that writing would copy it.
     pub(crate) fn shared(&self) -> bool {
         Arc::strong_count(&self.storage) > 1

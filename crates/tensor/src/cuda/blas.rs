@@ -85,6 +85,8 @@ struct Shape {
     bias: bool,
     /// Of the operands and of the result.
     dtypes: (DType, DType),
+    /// Bytes that all addresses are multiples of.
+    alignment: u32,
 }
 
 /// Descriptors and the algorithm chosen for one shape.
@@ -98,7 +100,6 @@ struct Plan {
 
 pub(super) struct Blas {
     handle: sys::cublasLtHandle_t,
-    workspace: Memory,
     /// Two floats, for products whose factors are on the GPU.
     zero_and_one: Memory,
     plans: Mutex<HashMap<Shape, Plan>>,
@@ -125,13 +126,21 @@ pub(super) fn need() -> Result<(), CudaError> {
 
 impl Blas {
     pub(super) fn open(gpu: Gpu) -> Result<Blas, CudaError> {
-        let handle = result::create_handle().map_err(|e| failed(gpu, "open cuBLASLt", e))?;
-        Ok(Blas {
-            handle,
-            workspace: gpu.allocate(WORKSPACE),
-            zero_and_one: gpu.upload(&[0.0f32, 1.0]),
-            plans: Mutex::default(),
-        })
+        let open = result::create_handle;
+        let handle = open().or_else(|_| {
+            // It may have lacked memory that the pool holds.
+            gpu.reclaim(&mut lock(&gpu.0.pool))
+                .map_err(|_| CublasError(sys::cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED))?;
+            open()
+        });
+        let handle = handle.map_err(|e| failed(gpu, "open cuBLASLt", e))?;
+        let zero_and_one = gpu.upload(&[0.0f32, 1.0]);
+        if zero_and_one.missing() {
+            // SAFETY: nobody has it yet.
+            let _ = unsafe { result::destroy_handle(handle) };
+            return Err(gpu.lane().failure());
+        }
+        Ok(Blas { handle, zero_and_one, plans: Mutex::default() })
     }
 
     pub(super) fn multiply(&self, gpu: Gpu, p: &Product) -> Result<(), CudaError> {
@@ -147,6 +156,9 @@ impl Blas {
             on_gpu: matches!(p.alpha, Factor::Gpu(_)),
             bias: p.bias.is_some(),
             dtypes: (p.a.dtype, p.c.dtype),
+            alignment: [p.a, p.b, p.c]
+                .iter()
+                .fold(256, |all, o| all.min(1 << o.address().trailing_zeros().min(8))),
         };
         assert_eq!(p.a.dtype, p.b.dtype, "operands of a product");
         let mut plans = lock(&self.plans);
@@ -159,6 +171,7 @@ impl Blas {
         if p.a.memory.at == 0 || p.b.memory.at == 0 || p.c.memory.at == 0 {
             return Ok(());
         }
+        let workspace = gpu.lane().workspace(gpu, WORKSPACE)?;
         let bias = p.bias.map_or(0, |b| b.memory().at);
         let (alpha, beta) = match p.alpha {
             Factor::Host(ref alpha) => ((&raw const *alpha).cast(), (&raw const p.beta).cast()),
@@ -194,9 +207,9 @@ impl Blas {
                 p.c.address() as *mut c_void,
                 plan.c,
                 &plan.algorithm,
-                self.workspace.at as *mut c_void,
+                workspace as *mut c_void,
                 WORKSPACE,
-                gpu.0.stream.cu_stream().cast(),
+                gpu.stream().cast(),
             )
         }
         .map_err(|e| failed(gpu, "multiply matrices", e))
@@ -268,6 +281,17 @@ impl Blas {
                 (&raw const size).cast(),
                 size_of_val(&size),
             )?;
+            // Of parts of a matrix it is less than the library would take for granted.
+            use sys::cublasLtMatmulPreferenceAttributes_t as Preference;
+            for operand in [
+                Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+                Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+                Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+                Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
+            ] {
+                let bytes = (&raw const s.alignment).cast();
+                result::set_matmul_pref_attribute(preference, operand, bytes, size_of_val(&s.alignment))?;
+            }
             let found = result::get_matmul_algo_heuristic(self.handle, description, a, b, c, c, preference);
             result::destroy_matmul_pref(preference)?;
             found?

@@ -2,28 +2,33 @@
 //!
 //! All work of a [`Gpu`] goes to one stream, so operations run in the order they were asked for and memory that
 //! one frees the next may use. Operations have no `Result`: the first failure (out of memory, a fault in a
-//! kernel) is kept, later work does nothing, and [`Gpu::check`] hands the failure to whoever runs a step.
+//! kernel) is kept, later work does nothing, and [`Gpu::check`] hands the failure to whoever runs a step. Who must not
+//! wait for others' work, or be stopped by their failures, has a [`Stream`] of its own.
 
+mod arena;
 mod blas;
 mod kernels;
 mod pool;
 pub(crate) mod reduce;
+mod stream;
 
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::hash::{Hash, Hasher};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::{fmt, ptr};
 
 use crate::Device;
-use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
+use cudarc::driver::{CudaContext, DriverError, result, sys};
 
+pub use arena::{Arena, Pinned};
 pub(crate) use kernels::{Source, Variant, source};
+pub use stream::{Graph, Stream};
 
 use blas::Blas;
 use pool::Pool;
+use stream::Lane;
 
 /// GPUs with an ordinal beyond this are not opened.
 const MOST: usize = 64;
@@ -90,13 +95,13 @@ struct Inner {
     /// Architecture kernels are compiled for, such as `sm_90a`.
     target: String,
     context: Arc<CudaContext>,
-    stream: Arc<CudaStream>,
+    /// Where work goes that no [`Stream`] was made for.
+    main: Lane,
+    /// Lanes whose [`Stream`] is gone.
+    idle: Mutex<Vec<&'static Lane>>,
     modules: Mutex<HashMap<Variant, Module>>,
-    blas: OnceLock<Option<Blas>>,
+    blas: OnceLock<Blas>,
     pool: Mutex<Pool>,
-    failure: Mutex<Option<CudaError>>,
-    /// Whether there is a failure, to ask often.
-    has_failed: AtomicBool,
 }
 
 struct Module {
@@ -134,7 +139,7 @@ impl Gpu {
         let context = CudaContext::new(ordinal).map_err(|e| failed("open", e))?;
         // That made it the thread's.
         BOUND.set(None);
-        let stream = context.new_stream().map_err(|e| failed("make a stream", e))?;
+        let main = Lane::new(&context).map_err(|e| failed("make a stream", e))?;
         let (major, minor) = context.compute_capability().map_err(|e| failed("ask its architecture", e))?;
         if major < 8 {
             return Err(CudaError::Driver {
@@ -147,12 +152,11 @@ impl Gpu {
             ordinal,
             target: kernels::target(major, minor),
             context,
-            stream,
+            main,
+            idle: Mutex::default(),
             modules: Mutex::default(),
             blas: OnceLock::new(),
             pool: Mutex::default(),
-            failure: Mutex::default(),
-            has_failed: AtomicBool::new(false),
         };
         // A process has one of these for each GPU, until it ends.
         let gpu = Gpu(Box::leak(Box::new(inner)));
@@ -189,10 +193,17 @@ impl Gpu {
     /// Waits for all work asked for so far and hands over the first failure since the last call. After
     /// out-of-memory the GPU works again; after a fault in a kernel the driver refuses all further work.
     pub fn check(self) -> Result<(), CudaError> {
-        self.attempt("finish", |gpu| gpu.0.stream.synchronize());
-        let failure = lock(&self.0.failure).take();
-        self.0.has_failed.store(false, Ordering::Relaxed);
-        failure.map_or(Ok(()), Err)
+        self.attempt("finish", |gpu| gpu.lane().synchronize());
+        self.lane().take_failure().map_or(Ok(()), Err)
+    }
+
+    /// Where the thread's work goes.
+    fn lane(self) -> &'static Lane {
+        stream::current(self).unwrap_or(&self.0.main)
+    }
+
+    fn stream(self) -> sys::CUstream {
+        self.lane().stream()
     }
 
     /// Runs `f` with this GPU's context current, unless the GPU has failed; keeps the first failure.
@@ -214,57 +225,64 @@ impl Gpu {
     }
 
     fn fail(self, e: CudaError) {
-        lock(&self.0.failure).get_or_insert(e);
-        self.0.has_failed.store(true, Ordering::Relaxed);
+        self.lane().fail(e);
     }
 
     /// Uninitialised memory.
     pub(crate) fn allocate(self, bytes: usize) -> Memory {
-        let nothing = Memory { gpu: self, at: 0, bytes };
+        let memory = |at| Memory { gpu: self, at, bytes, whole: None };
         if bytes == 0 || self.failed() {
-            return nothing;
+            return memory(0);
         }
+        // What is free may still be in use by work of the main stream, and a graph would keep the address.
+        assert!(
+            stream::current(self).is_none(),
+            "memory is allocated before a stream is used, not while it is"
+        );
         let mut pool = lock(&self.0.pool);
         let class = match pool.take(bytes) {
-            Ok(at) => return Memory { at, ..nothing },
+            Ok(at) => return memory(at),
             Err(class) => class,
         };
         // SAFETY: the context lives as long as the process.
         let ask = || self.bind().and_then(|()| unsafe { result::malloc_sync(class) });
-        let got = ask().or_else(|e| {
-            if e.0 != sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
-                return Err(e);
-            }
+        let got = match ask() {
             // Memory of other classes may be what is missing.
-            self.0.stream.synchronize()?;
-            for at in pool.drain() {
-                // SAFETY: nobody uses it, and all work that did is done.
-                unsafe { result::free_sync(at) }?;
-            }
-            ask()
-        });
+            Err(e) if e.0 == EXHAUSTED => self.reclaim(&mut pool).and_then(|()| ask()),
+            other => other,
+        };
         let e = match got {
-            Ok(at) => return Memory { at, ..nothing },
+            Ok(at) => return memory(at),
             Err(e) => e,
         };
         pool.give(bytes, None);
         drop(pool);
-        self.fail(match e.0 {
-            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
-                let (free, total) = result::mem_get_info().unwrap_or((0, 0));
-                CudaError::OutOfMemory { ordinal: self.0.ordinal, asked: bytes, free, total }
-            }
-            _ => CudaError::Driver {
-                ordinal: self.0.ordinal,
-                what: format!("allocate {bytes} bytes"),
-                reason: reason(e),
-            },
-        });
-        nothing
+        self.fail(self.refused(bytes, e));
+        memory(0)
+    }
+
+    /// Why the driver gave no `bytes`.
+    fn refused(self, bytes: usize, e: DriverError) -> CudaError {
+        let ordinal = self.0.ordinal;
+        if e.0 == EXHAUSTED {
+            let (free, total) = result::mem_get_info().unwrap_or((0, 0));
+            return CudaError::OutOfMemory { ordinal, asked: bytes, free, total };
+        }
+        CudaError::Driver { ordinal, what: format!("allocate {bytes} bytes"), reason: reason(e) }
+    }
+
+    /// Hands memory that nobody uses back to the driver, for those who do not allocate through the pool.
+    fn reclaim(self, pool: &mut Pool) -> Result<(), DriverError> {
+        self.0.main.synchronize()?;
+        for at in pool.drain() {
+            // SAFETY: nobody uses it, and all work that did is done.
+            unsafe { result::free_sync(at) }?;
+        }
+        Ok(())
     }
 
     fn failed(self) -> bool {
-        self.0.has_failed.load(Ordering::Relaxed)
+        self.lane().failed()
     }
 
     /// Makes this GPU's context the thread's, if it is not.
@@ -283,7 +301,7 @@ impl Gpu {
         if memory.at != 0 {
             // SAFETY: `memory` has the size of `data`; pageable host memory is read before the call returns.
             self.attempt("copy to the GPU", |gpu| unsafe {
-                result::memcpy_htod_async(memory.at, data, gpu.0.stream.cu_stream())
+                result::memcpy_htod_async(memory.at, data, gpu.stream())
             });
         }
         memory
@@ -318,7 +336,7 @@ impl Gpu {
                         grid.shared as i32,
                     )?;
                 }
-                let stream = gpu.0.stream.cu_stream();
+                let stream = gpu.stream();
                 result::launch_kernel(
                     function,
                     (x, y, z),
@@ -343,8 +361,12 @@ impl Gpu {
         if !modules.contains_key(&variant) {
             let cubin = kernels::cubin(&variant, &self.0.target)?;
             // SAFETY: `cubin` is a whole ELF image that outlives the call; the driver copies it.
-            let handle = unsafe { result::module::load_data(cubin.as_ptr().cast()) }
-                .map_err(|e| failed(format!("load the kernels of {}", source.name), e))?;
+            let load = || unsafe { result::module::load_data(cubin.as_ptr().cast()) };
+            let handle = match load() {
+                Err(e) if e.0 == EXHAUSTED => self.reclaim(&mut lock(&self.0.pool)).and_then(|()| load()),
+                other => other,
+            };
+            let handle = handle.map_err(|e| failed(format!("load the kernels of {}", source.name), e))?;
             modules.insert(variant.clone(), Module { handle, functions: HashMap::new() });
         }
         let module = modules.get_mut(&variant).expect("inserted above");
@@ -367,20 +389,25 @@ impl Gpu {
         if !self.attempt("multiply matrices", |_| Ok(())) {
             return;
         }
-        let blas = self.0.blas.get_or_init(|| match Blas::open(self) {
-            Ok(b) => Some(b),
-            Err(e) => {
-                self.fail(e);
-                None
-            }
-        });
-        if let Some(blas) = blas
-            && let Err(e) = blas.multiply(self, product)
-        {
+        if let Err(e) = self.blas().and_then(|blas| blas.multiply(self, product)) {
             self.fail(e);
         }
     }
+
+    /// cuBLASLt, opened when it is first needed. What failed to open is tried again the next time.
+    fn blas(self) -> Result<&'static Blas, CudaError> {
+        static OPENING: Mutex<()> = Mutex::new(());
+        let _one = lock(&OPENING);
+        if let Some(blas) = self.0.blas.get() {
+            return Ok(blas);
+        }
+        let blas = Blas::open(self)?;
+        Ok(self.0.blas.get_or_init(|| blas))
+    }
 }
+
+/// What the driver says when memory is used up.
+const EXHAUSTED: sys::CUresult = sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY;
 
 pub(crate) use blas::{Factor, Operand, Product};
 
@@ -460,9 +487,16 @@ pub(crate) struct Memory {
     /// 0 if nothing was allocated: no bytes asked for, or the GPU has failed.
     at: sys::CUdeviceptr,
     bytes: usize,
+    /// What this is a part of, if it is.
+    whole: Option<Arc<Memory>>,
 }
 
 impl Memory {
+    /// Whether nothing could be allocated.
+    pub(crate) fn missing(&self) -> bool {
+        self.at == 0 && self.bytes != 0
+    }
+
     pub(crate) fn gpu(&self) -> Gpu {
         self.gpu
     }
@@ -476,7 +510,7 @@ impl Memory {
         if self.at != 0 {
             // SAFETY: the range is this allocation.
             self.gpu.attempt("clear memory", |gpu| unsafe {
-                result::memset_d8_async(self.at, 0, self.bytes, gpu.0.stream.cu_stream())
+                result::memset_d8_async(self.at, 0, self.bytes, gpu.stream())
             });
         }
     }
@@ -487,8 +521,8 @@ impl Memory {
         if self.at != 0 {
             // SAFETY: `out` has the allocation's size, and any bytes make a `T`.
             self.gpu.attempt("copy from the GPU", |gpu| {
-                unsafe { result::memcpy_dtoh_async(&mut out, self.at, gpu.0.stream.cu_stream()) }?;
-                gpu.0.stream.synchronize()
+                unsafe { result::memcpy_dtoh_async(&mut out, self.at, gpu.stream()) }?;
+                gpu.lane().synchronize()
             });
         }
         out
@@ -501,7 +535,7 @@ impl Clone for Memory {
         if self.at != 0 && copy.at != 0 {
             // SAFETY: both allocations have `bytes` bytes.
             self.gpu.attempt("copy", |gpu| unsafe {
-                result::memcpy_dtod_async(copy.at, self.at, self.bytes, gpu.0.stream.cu_stream())
+                result::memcpy_dtod_async(copy.at, self.at, self.bytes, gpu.stream())
             });
         }
         copy
@@ -510,7 +544,7 @@ impl Clone for Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        if self.at != 0 {
+        if self.at != 0 && self.whole.is_none() {
             lock(&self.gpu.0.pool).give(self.bytes, Some(self.at));
         }
     }
@@ -520,7 +554,7 @@ impl Drop for Memory {
 ///
 /// # Safety
 /// Any bytes must make a value.
-pub(crate) unsafe trait Plain: Copy + Default {}
+pub unsafe trait Plain: Copy + Default {}
 
 // SAFETY: numbers without invalid bit patterns.
 unsafe impl Plain for f32 {}

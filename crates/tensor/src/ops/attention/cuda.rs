@@ -67,7 +67,7 @@ pub(super) fn forward(
         q.memory().into(),
         k.memory().into(),
         v.memory().into(),
-        mask.map_or(Arg::Pointer(0), Arg::from),
+        mask.as_deref().map_or(Arg::Pointer(0), Arg::from),
     ];
     arguments.extend(options(s, q.width(), drop));
     let rows = s.batch * s.heads * s.queries;

@@ -87,7 +87,7 @@ pub(super) fn forward(
         q.memory().into(),
         k.memory().into(),
         v.memory().into(),
-        mask.map_or(Arg::Pointer(0), Arg::from),
+        mask.as_deref().map_or(Arg::Pointer(0), Arg::from),
     ];
     arguments.extend(options);
     gpu.launch(variant, "forward", grid(s.queries, s.batch * s.heads, 5, width), &arguments);
@@ -129,7 +129,7 @@ pub(super) fn backward(
         q.memory().into(),
         k.memory().into(),
         v.memory().into(),
-        mask.map_or(Arg::Pointer(0), Arg::from),
+        mask.as_deref().map_or(Arg::Pointer(0), Arg::from),
     ];
     shared.extend(options);
     let arguments: Vec<Arg> = [dq.memory().into()].into_iter().chain(shared.iter().copied()).collect();
