@@ -60,8 +60,8 @@ pub(crate) fn command() -> Command {
             Command::new("eval")
                 .about("Score a model of any stage; packed ones run in the engine")
                 .args([model(), task().required(false), data(), split(), device(), json()])
-                .arg(Arg::new("max-length").long("max-length").visible_alias("data.max-length").value_name("TOKENS").value_parser(value_parser!(usize)).help("Longest input (default: as the model was trained, or the task's own)"))
-                .arg(Arg::new("batch-size").long("batch-size").value_name("N").value_parser(value_parser!(u16).range(1..)).default_value("32").help("Examples at a time"))
+                .arg(max_length())
+                .arg(batch_size())
                 .after_help(tasks),
         )
         .subcommand(
@@ -69,6 +69,15 @@ pub(crate) fn command() -> Command {
                 .about("Say what a checkpoint is, what would be compressed, its sizes and whether it is sound")
                 .arg(Arg::new("model").value_name("DIR").required(true).help("Model folder of any stage, or a hub name"))
                 .arg(json()),
+        )
+        .subcommand(
+            Command::new("run")
+                .about("Text in, what a packed model says about it out: labels, answers or embeddings, a JSON line each")
+                .args([model(), device(), json()])
+                .arg(Arg::new("input").long("input").short('i').value_name("FILE").default_value("-").help("Lines to read; - is standard input"))
+                .arg(max_length())
+                .arg(batch_size())
+                .after_help(RUN_READS),
         )
         .subcommand(
             training("reproduce", "An accuracy table or plot of the paper, from runs with several seeds")
@@ -84,6 +93,14 @@ pub(crate) fn command() -> Command {
                 .arg(json()),
         )
 }
+
+/// What `gpusq run` reads and writes, for its help.
+const RUN_READS: &str = "\
+A line is plain text, or a JSON object: {\"text\": ...}, {\"text\": ..., \"text_pair\": ...}, or for a model that
+answers questions {\"question\": ..., \"context\": ...}; an \"id\" comes back with the answer. Each line that is not
+empty gives one JSON line, in their order: \"label\" with \"probabilities\", \"value\" of a regression, \"answer\" with
+\"start\" and \"end\" in characters of the context, or, of a model without a head, the \"embedding\": the mean of the
+hidden states, of length 1. Lines are read ahead and batched by length.";
 
 /// What `gpusq reproduce` leaves, for its help.
 const REPRODUCE_WRITES: &str = "\
@@ -220,6 +237,24 @@ fn device() -> Arg {
         .help("Where models are trained and run: cpu, cuda, cuda:1, or auto, a GPU if there is one")
 }
 
+fn max_length() -> Arg {
+    Arg::new("max-length")
+        .long("max-length")
+        .visible_alias("data.max-length")
+        .value_name("TOKENS")
+        .value_parser(value_parser!(usize))
+        .help("Longest input (default: as the model was trained, or the task's own)")
+}
+
+fn batch_size() -> Arg {
+    Arg::new("batch-size")
+        .long("batch-size")
+        .value_name("N")
+        .value_parser(value_parser!(u16).range(1..))
+        .default_value("32")
+        .help("Examples at a time")
+}
+
 fn experiment() -> Arg {
     Arg::new("experiment").value_name("EXPERIMENT").required(true).help("Which (list below)")
 }
@@ -341,12 +376,18 @@ pub(crate) fn model_dir(m: &ArgMatches) -> Result<PathBuf> {
 
 /// `precision` on the device of `--device`, and why that is the CPU where a GPU was looked for.
 pub(crate) fn compute(m: &ArgMatches, precision: Precision) -> Result<(Compute, Option<String>)> {
+    let (device, why) = device_of(m)?;
+    Ok((Compute::new(device, precision)?, why))
+}
+
+/// The device of `--device`, and why that is the CPU where a GPU was looked for.
+pub(crate) fn device_of(m: &ArgMatches) -> Result<(Device, Option<String>)> {
     let (device, why) =
         Device::named(m.get_one::<String>("device").expect("has a default")).map_err(|e| match e {
             CudaError::Name(_) => Error::Config(e.to_string()),
             e => Error::Device(e),
         })?;
-    Ok((Compute::new(device, precision)?, why.map(|e| format!("no GPU is used: {e}"))))
+    Ok((device, why.map(|e| format!("no GPU is used: {e}"))))
 }
 
 /// A model's folder, tokenizer and weights.

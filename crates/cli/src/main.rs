@@ -7,6 +7,7 @@ mod eval;
 mod inspect;
 mod progress;
 mod reproduce;
+mod run;
 mod stages;
 
 use std::process::ExitCode;
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
         "quantize" => stages::quantize(m),
         "eval" => eval::run(m),
         "inspect" => inspect::run(m),
+        "run" => run::run(m),
         "demo" => demo::run(m),
         "reproduce" => reproduce::run(m),
         other => unreachable!("command {other} has no code"),

@@ -16,8 +16,8 @@ use gpusq::engine::Engine;
 use gpusq::forward::{Bound, Compute, Inputs, TapSet, Tokens, forward};
 use gpusq::model::Model;
 use gpusq::quant::{Calibration, calibrate};
-use gpusq::tensor::Tape;
 use gpusq::tensor::ops::masked::MaskGradient;
+use gpusq::tensor::{Device, Tape};
 
 const CONFIG: &str = r#"{"model_type": "bert", "architectures": ["BertForSequenceClassification"],
     "vocab_size": 30522, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
@@ -58,7 +58,8 @@ fn time(f: impl FnOnce()) -> f64 {
 
 fn main() {
     let dense = model();
-    let engine = Engine::load(&quantised(&dense).packed().expect("it is 2:4")).expect("it is packed");
+    let engine =
+        Engine::load(&quantised(&dense).packed().expect("it is 2:4"), Device::Cpu).expect("it is packed");
     let tape = Tape::inference();
     let bound = Bound::new(&tape, &dense.params, MaskGradient::Kept, Compute::CPU);
     println!("{} threads; milliseconds, best / median", rayon::current_num_threads());

@@ -1,4 +1,4 @@
-//! Outputs of a model of any stage for a data set.
+//! Outputs of a model of any stage for examples.
 
 use gpusq_tensor::ops::masked::MaskGradient;
 use gpusq_tensor::{Device, Tape, Tensor};
@@ -7,7 +7,7 @@ use crate::engine::Engine;
 use crate::forward::{Bound, Compute, TapSet, forward};
 use crate::inputs::Inputs;
 use crate::model::Model;
-use crate::task::{Dataset, HeadKind};
+use crate::task::{Dataset, Example, HeadKind};
 use crate::train::batch::{by_length, collate};
 use crate::{Error, Result};
 
@@ -29,7 +29,7 @@ pub fn predict(
     watch: &mut dyn FnMut(usize),
 ) -> Result<Vec<Vec<f32>>> {
     let run: Run = if model.stage.packed() {
-        let engine = Engine::load(model)?;
+        let engine = Engine::load(model, Device::Cpu)?;
         Box::new(move |inputs| engine.run(inputs))
     } else {
         let tape = Tape::inference();
@@ -41,31 +41,59 @@ pub fn predict(
             Ok(logits)
         })
     };
-    let mut outputs = vec![Vec::new(); data.examples.len()];
+    let folder = model.config.path().parent().unwrap_or(model.config.path());
+    let name = |i: usize| format!("example {} of the {} split", i + 1, data.split);
+    outputs(&run, &data.examples, Some(data.head), batch, pad, watch).map_err(|e| match e {
+        Failure::NotFinite(i) => Error::file(folder, not_finite(&name(i))),
+        Failure::Run(e) => e,
+    })
+}
+
+/// Why there are no [`outputs`].
+pub(crate) enum Failure {
+    /// Those of this example are not finite numbers.
+    NotFinite(usize),
+    Run(Error),
+}
+
+/// What to do about outputs of `what` that are not finite.
+pub(crate) fn not_finite(what: &str) -> String {
+    format!(
+        "its outputs for {what} are not finite numbers, so that there is no score; its config.json or weights are \
+         spoilt, or its training went wrong: copy or train it again"
+    )
+}
+
+/// What `run` gives for each of `examples`, in the layout [`Dataset::score`] takes; without a `head` the hidden states
+/// of its tokens. Examples are batched by length, `batch` at a time.
+pub(crate) fn outputs(
+    run: &dyn Fn(&Inputs) -> Result<Tensor>,
+    examples: &[Example],
+    head: Option<HeadKind>,
+    batch: usize,
+    pad: u32,
+    watch: &mut dyn FnMut(usize),
+) -> std::result::Result<Vec<Vec<f32>>, Failure> {
+    let mut outputs = vec![Vec::new(); examples.len()];
     let mut done = 0;
-    for which in by_length(data, batch) {
-        let b = collate(&data.examples, &which, data.head, pad);
-        let logits = run(&b.inputs)?;
-        let (logits, length) = (logits.f32(), b.inputs.tokens.length);
+    for which in by_length(examples, batch) {
+        let b = collate(examples, &which, head.unwrap_or(HeadKind::Value), pad);
+        let result = run(&b.inputs).map_err(Failure::Run)?;
+        let (values, length, width) = (result.f32(), b.inputs.tokens.length, result.width());
         for (row, &i) in which.iter().enumerate() {
-            outputs[i] = match data.head {
-                HeadKind::Classes(n) => logits[row * n..(row + 1) * n].to_vec(),
-                HeadKind::Value => vec![logits[row]],
-                HeadKind::Span => {
-                    let own = &logits[row * length * 2..][..data.examples[i].ids.len() * 2];
-                    let starts = own.iter().step_by(2);
-                    starts.chain(own.iter().skip(1).step_by(2)).copied().collect()
+            // Without its padding.
+            let own = || &values[row * length * width..][..examples[i].ids.len() * width];
+            outputs[i] = match head {
+                Some(HeadKind::Classes(n)) => values[row * n..(row + 1) * n].to_vec(),
+                Some(HeadKind::Value) => vec![values[row]],
+                Some(HeadKind::Span) => {
+                    let starts = own().iter().step_by(2);
+                    starts.chain(own().iter().skip(1).step_by(2)).copied().collect()
                 }
+                None => own().to_vec(),
             };
             if outputs[i].iter().any(|x| !x.is_finite()) {
-                let folder = model.config.path().parent().unwrap_or(model.config.path());
-                let message = format!(
-                    "its outputs for example {} of the {} split are not finite numbers, so that there is no score; \
-                     its config.json or weights are spoilt, or its training went wrong: copy or train it again",
-                    i + 1,
-                    data.split
-                );
-                return Err(Error::file(folder, message));
+                return Err(Failure::NotFinite(i));
             }
         }
         done += which.len();

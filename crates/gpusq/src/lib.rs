@@ -11,6 +11,7 @@ pub mod evaluate;
 pub mod format;
 pub mod forward;
 pub mod hub;
+pub mod infer;
 pub mod inputs;
 pub mod model;
 pub mod outdir;

@@ -131,7 +131,6 @@ impl Experiment {
         }
         config.prune.check()?;
         config.distill.check()?;
-        config.check_checkpointing()?;
         Ok(config)
     }
 }
@@ -232,13 +231,14 @@ impl Reproduction<'_> {
     /// Checks that `model` can be compressed, and that `stages` models more fit the disk.
     fn preflight(&self, model: &Model, stages: u64) -> Result<Preflight> {
         let (base, c) = (&self.base, self.base.config);
-        let fits = [&c.train.fit, &c.prune.fit, &c.quantize.fit];
+        let batches = [&c.train.fit, &c.prune.fit, &c.quantize.fit].map(|f| f.batch_size);
+        let batch = batches.into_iter().max().unwrap_or_default();
         preflight(
             model,
             base.tokenizer,
             base.train,
             base.dev,
-            &fits,
+            batch,
             true,
             stages,
             true,

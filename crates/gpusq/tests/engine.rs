@@ -16,7 +16,7 @@ use gpusq::task::HeadKind;
 use gpusq::tensor::ops::activation::Activation;
 use gpusq::tensor::ops::lsq::code;
 use gpusq::tensor::ops::masked::MaskGradient;
-use gpusq::tensor::{Tape, Tensor, normal};
+use gpusq::tensor::{Device, Tape, Tensor, normal};
 use proptest::prelude::*;
 
 const BERT: &str = r#"{"model_type": "bert", "vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 2,
@@ -155,7 +155,7 @@ fn same_bits(what: &str, got: &Tensor, want: &Tensor) {
 }
 
 fn engine(model: &Model) -> Engine {
-    Engine::load(&model.packed().unwrap()).unwrap()
+    Engine::load(&model.packed().unwrap(), Device::Cpu).unwrap()
 }
 
 /// Saves and loads a packed model.
@@ -189,7 +189,10 @@ fn int8_logits_are_the_forwards_bit_for_bit() {
                     let loaded = through_disk(&packed);
                     assert_eq!((&loaded.params, &loaded.spec.head), (&packed.params, &packed.spec.head));
                     assert_eq!(loaded.attention, model.attention);
-                    let engines = [Engine::load(&packed).unwrap(), Engine::load(&loaded).unwrap()];
+                    let engines = [
+                        Engine::load(&packed, Device::Cpu).unwrap(),
+                        Engine::load(&loaded, Device::Cpu).unwrap(),
+                    ];
                     for inputs in samples.iter().chain([&inputs(1, 20, 50, types, false, seed + 1)]) {
                         let want = logits(&model, inputs);
                         for engine in &engines {
@@ -224,7 +227,7 @@ fn f16_logits_are_those_of_the_rounded_pruned_model() {
             let inputs = inputs(3, 11, 50, types, true, seed as u64);
             let want = logits(&model, &inputs);
             for model in [&packed, &loaded] {
-                same_bits(config, &Engine::load(model).unwrap().run(&inputs).unwrap(), &want);
+                same_bits(config, &Engine::load(model, Device::Cpu).unwrap().run(&inputs).unwrap(), &want);
             }
         }
     }
@@ -315,7 +318,7 @@ fn codes_and_sums_are_the_forwards() {
         let inputs = inputs(3, 12, 50, types, true, 6);
         quantise(&mut model, std::slice::from_ref(&inputs), true);
         let packed = model.packed().unwrap();
-        let (_, codes) = Engine::load(&packed).unwrap().run_tapped(&inputs).unwrap();
+        let (_, codes) = Engine::load(&packed, Device::Cpu).unwrap().run_tapped(&inputs).unwrap();
         let taps = fake(&model, &inputs, TapSet { linears: true, ..TapSet::default() }).taps;
         let linears = model.spec.linears();
         for l in &linears {
@@ -408,7 +411,7 @@ fn unfit_inputs_are_refused() {
 #[test]
 fn unfit_models_are_refused() {
     let refused = |what: &str, model: &Model| {
-        let Err(e) = Engine::load(model) else { panic!("accepted; should say {what}") };
+        let Err(e) = Engine::load(model, Device::Cpu) else { panic!("accepted; should say {what}") };
         assert!(e.to_string().contains(what), "{e}");
     };
     let mut model = dense(BERT, HEADS[0], 2);
@@ -499,7 +502,7 @@ fn minilm_answers_alike() {
     let samples: Vec<Inputs> = (0..3).map(|i| inputs(4, 32, vocab, 1, true, i)).collect();
     quantise(&mut model, &samples, true);
     let loaded = through_disk(&model.packed().unwrap());
-    let engine = Engine::load(&loaded).unwrap();
+    let engine = Engine::load(&loaded, Device::Cpu).unwrap();
     for i in 0..6 {
         let inputs = inputs(1 + i % 4, 16 + 20 * i, vocab, 1, i % 2 == 0, 100 + i as u64);
         same_bits("logits", &engine.run(&inputs).unwrap(), &logits(&model, &inputs));

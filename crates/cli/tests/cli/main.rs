@@ -4,5 +4,6 @@ mod bad_input;
 mod hub;
 mod interruption;
 mod reproduce;
+mod run;
 mod stages;
 mod tiny;

@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use serde::Deserialize;
 use unicode_categories::UnicodeCategories;
 
-use super::tokenize::Pieces;
+use super::tokenize::{Encoded, Pieces};
 use super::{Dataset, Example, HeadKind, Reader, Scores, Split, Target, Task, Tokenizer};
 use crate::{Error, Result, textfile};
 
@@ -152,6 +152,79 @@ fn read(path: &Path) -> Result<Vec<Paragraph>> {
     Ok(file.data.into_iter().flat_map(|a| a.paragraphs).collect())
 }
 
+/// A question about a text, in the windows that a model reads.
+pub struct Reading {
+    context: Context,
+    windows: Vec<Window>,
+    /// One for each window.
+    pub examples: Vec<Example>,
+}
+
+/// The best answer to a [`Reading`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Found {
+    /// Bytes of the context.
+    pub span: Range<usize>,
+    /// Probability of its start among the starts of its window's context, times that of its end.
+    pub probability: f32,
+}
+
+impl Reading {
+    /// Tokenises a question and its context; windows have at most `max_len` tokens.
+    ///
+    /// # Errors
+    /// A `max_len` without room for text, and text that the tokenizer cannot express.
+    pub fn new(tokenizer: &Tokenizer, question: &str, context: &str, max_len: usize) -> Result<Reading> {
+        let (context, ids) = tokenised(tokenizer, context.to_string())?;
+        let (windows, encoded): (Vec<_>, Vec<_>) =
+            in_windows(tokenizer, question, &ids, max_len)?.into_iter().unzip();
+        let example = |e: Encoded| Example { ids: e.ids, types: e.types, target: Target::None };
+        Ok(Reading { context, windows, examples: encoded.into_iter().map(example).collect() })
+    }
+
+    /// The answer that the logits of [`Reading::examples`] give, as [`Dataset::score`] takes them; `None` where the
+    /// context has no tokens.
+    pub fn answer(&self, outputs: &[Vec<f32>]) -> Option<Found> {
+        let best = best(&self.windows, outputs)?;
+        let window = &self.windows[best.window];
+        let (starts, ends) = outputs[best.window].split_at(outputs[best.window].len() / 2);
+        let probability = |logits: &[f32], at: usize| {
+            let here = &logits[window.at..window.at + window.tokens.len()];
+            let at = here[at - window.tokens.start];
+            1.0 / here.iter().map(|x| (x - at).exp()).sum::<f32>()
+        };
+        let span = self.context.spans[best.start].start..self.context.spans[best.end].end;
+        let probability = probability(starts, best.start) * probability(ends, best.end);
+        Some(Found { span, probability })
+    }
+}
+
+/// A text with its tokens.
+fn tokenised(tokenizer: &Tokenizer, text: String) -> Result<(Context, Vec<u32>)> {
+    let Pieces { ids, mut spans } = tokenizer.pieces(&text)?;
+    keep_accents(&text, &mut spans);
+    Ok((Context { text, spans }, ids))
+}
+
+/// A question with each window of a context's tokens `ids`.
+fn in_windows(
+    tokenizer: &Tokenizer,
+    question: &str,
+    ids: &[u32],
+    max_len: usize,
+) -> Result<Vec<(Window, Encoded)>> {
+    // `run_qa.py` drops the white space that some questions begin with.
+    let question = tokenizer.pieces(question.trim_start())?.ids;
+    let room = tokenizer.room(true, max_len)?;
+    // No published question is that long; without a limit one could leave its context no room.
+    let question = &question[..question.len().min(room / 2)];
+    let window = |tokens: Range<usize>| {
+        let encoded = tokenizer.join(question, Some(&ids[tokens.clone()]));
+        (Window { at: encoded.second.start, tokens }, encoded)
+    };
+    Ok(windows(ids.len(), room - question.len()).into_iter().map(window).collect())
+}
+
 type Prepared = (Vec<String>, Vec<Window>, Vec<Example>);
 
 /// Tokenises a paragraph once and makes the windows of each of its questions.
@@ -161,15 +234,14 @@ fn prepare(
     tokenizer: &Tokenizer,
     max_len: usize,
 ) -> Result<(Context, Vec<Prepared>)> {
-    let text = paragraph.context;
-    let Pieces { ids, mut spans } = tokenizer.pieces(&text)?;
-    keep_accents(&text, &mut spans);
+    let (context, ids) = tokenised(tokenizer, paragraph.context)?;
+    let Context { text, spans } = &context;
     let mut prepared = Vec::with_capacity(paragraph.qas.len());
     for asked in paragraph.qas {
         let answers = asked
             .answers
             .iter()
-            .map(|answer| place(&text, answer))
+            .map(|answer| place(text, answer))
             .collect::<std::result::Result<Vec<_>, String>>()
             .map_err(|m| Error::file(path, format!("question {}: {m}", asked.id)))?;
         let Some(answer) = answers.first() else {
@@ -179,17 +251,11 @@ fn prepare(
             );
             return Err(Error::file(path, message));
         };
-        let answer = covering(&spans, answer);
-        // `run_qa.py` drops the white space that some questions begin with.
-        let question = tokenizer.pieces(asked.question.trim_start())?.ids;
-        let room = tokenizer.room(true, max_len)?;
-        // No published question is that long; without a limit one could leave its context no room.
-        let question = &question[..question.len().min(room / 2)];
+        let answer = covering(spans, answer);
         let mut examples = Vec::new();
         let mut in_context = Vec::new();
-        for tokens in windows(ids.len(), room - question.len()) {
-            let encoded = tokenizer.join(question, Some(&ids[tokens.clone()]));
-            let at = encoded.second.start;
+        for (window, encoded) in in_windows(tokenizer, &asked.question, &ids, max_len)? {
+            let Window { at, ref tokens } = window;
             let target = match &answer {
                 Some(a) if tokens.start <= a.start && a.end <= tokens.end => Target::Span {
                     start: (at + a.start - tokens.start) as u32,
@@ -198,12 +264,12 @@ fn prepare(
                 _ => Target::Span { start: 0, end: 0 },
             };
             examples.push(Example { ids: encoded.ids, types: encoded.types, target });
-            in_context.push(Window { at, tokens });
+            in_context.push(window);
         }
         let golds = asked.answers.into_iter().map(|a| a.text).collect();
         prepared.push((golds, in_context, examples));
     }
-    Ok((Context { text, spans }, prepared))
+    Ok((context, prepared))
 }
 
 /// Extends each token over the combining marks behind it. A lower-casing tokenizer drops them, and without
@@ -284,12 +350,27 @@ fn score(contexts: &[Context], questions: &[Question], outputs: &[Vec<f32>]) -> 
     ])
 }
 
-/// The best answer over all windows of a question: the span of context tokens with the largest sum of start
-/// and end logit, among each window's [`BEST`] starts and ends, at most [`LONGEST`] tokens long. Empty if
-/// there is none.
+/// The text of the best answer over all windows of a question; empty if there is none.
 fn answer<'a>(context: &'a Context, windows: &[Window], outputs: &[Vec<f32>]) -> &'a str {
-    let mut best: Option<(f32, usize, usize)> = None;
-    for (window, logits) in windows.iter().zip(outputs) {
+    best(windows, outputs).map_or("", |b| {
+        let (start, end) = (context.spans[b.start].start, context.spans[b.end].end);
+        context.text.get(start..end).unwrap_or_default()
+    })
+}
+
+/// First and last token of an answer among the context's, and the window it was found in.
+struct Best {
+    score: f32,
+    window: usize,
+    start: usize,
+    end: usize,
+}
+
+/// The best answer over all windows of a question: the span of context tokens with the largest sum of start
+/// and end logit, among each window's [`BEST`] starts and ends, at most [`LONGEST`] tokens long.
+fn best(windows: &[Window], outputs: &[Vec<f32>]) -> Option<Best> {
+    let mut best: Option<Best> = None;
+    for (i, (window, logits)) in windows.iter().zip(outputs).enumerate() {
         let (starts, ends) = logits.split_at(logits.len() / 2);
         let here = window.at..window.at + window.tokens.len();
         let (starts, ends) = (&starts[here.clone()], &ends[here]);
@@ -298,16 +379,14 @@ fn answer<'a>(context: &'a Context, windows: &[Window], outputs: &[Vec<f32>]) ->
             for &e in &last {
                 let score = starts[s] + ends[e];
                 let fits = s <= e && e - s < LONGEST && !score.is_nan();
-                if fits && best.is_none_or(|b| score > b.0) {
-                    best = Some((score, window.tokens.start + s, window.tokens.start + e));
+                if fits && best.as_ref().is_none_or(|b| score > b.score) {
+                    let (start, end) = (window.tokens.start + s, window.tokens.start + e);
+                    best = Some(Best { score, window: i, start, end });
                 }
             }
         }
     }
-    best.map_or("", |(_, s, e)| {
-        let (start, end) = (context.spans[s].start, context.spans[e].end);
-        context.text.get(start..end).unwrap_or_default()
-    })
+    best
 }
 
 /// Places of the [`BEST`] largest logits, largest first, equal ones in their order; those that are not a

@@ -2,7 +2,7 @@
 
 use crate::distill::Targets;
 use crate::forward::{Inputs, Tokens};
-use crate::task::{Dataset, Example, HeadKind, Target};
+use crate::task::{Example, HeadKind, Target};
 
 /// Padded examples with their targets.
 #[derive(Clone, Debug, PartialEq)]
@@ -52,9 +52,9 @@ pub fn collate(examples: &[Example], which: &[usize], head: HeadKind, pad: u32) 
 }
 
 /// Batches in file order, sorted by length so that little is padded.
-pub fn by_length(data: &Dataset, size: usize) -> Vec<Vec<usize>> {
-    let mut order: Vec<usize> = (0..data.examples.len()).collect();
-    order.sort_by_key(|&i| data.examples[i].ids.len());
+pub fn by_length(examples: &[Example], size: usize) -> Vec<Vec<usize>> {
+    let mut order: Vec<usize> = (0..examples.len()).collect();
+    order.sort_by_key(|&i| examples[i].ids.len());
     order.chunks(size.max(1)).map(<[usize]>::to_vec).collect()
 }
 

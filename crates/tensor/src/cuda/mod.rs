@@ -22,7 +22,7 @@ use std::{fmt, ptr};
 use crate::Device;
 use cudarc::driver::{CudaContext, DriverError, result, sys};
 
-pub use arena::{Arena, Pinned};
+pub use arena::{Arena, Layout, Pinned};
 pub(crate) use kernels::{Source, Variant, source};
 pub use stream::{Graph, Stream};
 

@@ -1,0 +1,157 @@
+//! `gpusq run`: lines in, JSON lines out.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use gpusq::compress::prune_weights;
+use gpusq::config::{Config, Method};
+use gpusq::forward::{Compute, Inputs, Tokens};
+use gpusq::model::Model;
+use gpusq::quant::{Calibration, calibrate};
+use gpusq::task::{HeadKind, Split, Tokenizer, task};
+use serde_json::{Value, json};
+
+use crate::tiny::{Done, compressed, data, model, program, run, tree};
+
+fn args(model: &Path, more: &[&str]) -> Vec<String> {
+    let words = ["run", "--device", "cpu", "--json", "--model", model.to_str().unwrap()];
+    words.iter().chain(more).map(|s| s.to_string()).collect()
+}
+
+/// The program with `text` on its standard input.
+fn given(args: &[String], text: &[u8]) -> Done {
+    let mut child =
+        program(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    // A program that has seen enough reads no more.
+    let _ = child.stdin.take().unwrap().write_all(text);
+    let output = child.wait_with_output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    Done { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
+}
+
+/// The tiny model with another head, compressed without training, in a folder of `dir`.
+fn untrained(dir: &Path, head: Option<HeadKind>) -> PathBuf {
+    let mut m = Model::load(&model()).unwrap();
+    if let Some(head) = head {
+        m.set_head(head, 3).unwrap();
+    }
+    prune_weights(&mut m, &Config::default().prune, &[], Compute::CPU).unwrap();
+    let tokens = Tokens { batch: 2, length: 9, ids: (5..23).collect(), types: Vec::new(), mask: None };
+    let how = Calibration {
+        weights: Method::Mse,
+        activations: Method::Absmax,
+        percentile: 99.9,
+        outputs: Vec::new(),
+    };
+    calibrate(&mut m, &[Inputs { tokens, target: None }], &how, Compute::CPU).unwrap();
+    let folder = dir.join("untrained");
+    fs::create_dir(&folder).unwrap();
+    m.packed().unwrap().save(&folder, Some(&model())).unwrap();
+    folder
+}
+
+#[test]
+fn a_classifier_says_of_each_line_what_evaluation_says_of_it() {
+    let packed = compressed().join("packed");
+    let dataset = {
+        let tokenizer = Tokenizer::load(&packed).unwrap();
+        task("sst2").unwrap().load(&data(), Split::Dev, &tokenizer, 32).unwrap()
+    };
+    let m = Model::load(&packed).unwrap();
+    let want = gpusq::evaluate::predict(&m, &dataset, 7, 0, Compute::CPU, &mut |_| {}).unwrap();
+    let text = fs::read_to_string(data().join("dev.tsv")).unwrap();
+    let sentences: Vec<&str> = text.lines().skip(1).map(|l| l.split('\t').next().unwrap()).collect();
+    // Batches smaller than the file, empty lines, objects among plain text.
+    let lines: Vec<String> = sentences
+        .iter()
+        .enumerate()
+        .map(|(i, s)| match i % 3 {
+            0 => json!({ "text": s, "id": { "n": i } }).to_string() + "\n\n",
+            _ => format!("{s}\r\n"),
+        })
+        .collect();
+    let done = given(&args(&packed, &["--batch-size", "2"]), lines.concat().as_bytes());
+    done.ok();
+    let answers = done.events();
+    assert_eq!(answers.len(), sentences.len());
+    for (i, (answer, logits)) in answers.iter().zip(&want).enumerate() {
+        let label = ["negative", "positive"][usize::from(logits[1] > logits[0])];
+        let shown = answer["probability"].as_f64().unwrap();
+        let expected = 1.0 / (1.0 + f64::from(-(logits[1] - logits[0]).abs()).exp());
+        assert_eq!(answer["label"], label, "{i}: {answer}");
+        assert!((shown - expected).abs() < 1e-5, "{i}: {answer} for {logits:?}");
+        assert_eq!(answer["probabilities"][label], answer["probability"]);
+        assert_eq!(answer["line"].as_u64().unwrap() as usize, 1 + i + i.div_ceil(3), "{answer}");
+        assert_eq!(answer["id"], if i % 3 == 0 { json!({ "n": i }) } else { Value::Null });
+    }
+    // The same from a file.
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("lines");
+    fs::write(&file, lines.concat()).unwrap();
+    assert_eq!(run(&args(&packed, &["--input", file.to_str().unwrap()])).events(), answers);
+}
+
+#[test]
+fn answers_are_spans_of_their_context() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = untrained(dir.path(), Some(HeadKind::Span));
+    let context = "thé film was very good . the story is dull and the cast is fine . the plot is in the end , that scene";
+    let lines = [
+        json!({ "question": "is the film good", "context": context, "id": "a" }),
+        json!({ "question": "the cast", "context": context.repeat(3) }),
+        json!({ "question": "the cast", "context": "" }),
+    ];
+    let done = given(&args(&folder, &[]), lines.map(|l| l.to_string()).join("\n").as_bytes());
+    done.ok();
+    let answers = done.events();
+    for (answer, context) in answers.iter().zip([context, &context.repeat(3)]) {
+        let [start, end] = ["start", "end"].map(|at| answer[at].as_u64().unwrap() as usize);
+        let said: String = context.chars().skip(start).take(end - start).collect();
+        assert!(!said.is_empty() && answer["answer"] == said.as_str(), "{answer}");
+        let p = answer["probability"].as_f64().unwrap();
+        assert!(p > 0.0 && p <= 1.0, "{answer}");
+    }
+    assert_eq!((&answers[0]["id"], &answers[2]["answer"]), (&json!("a"), &json!("")));
+    given(&args(&folder, &[]), b"{\"question\": \"a\", \"context\": \"b\"}\n\nwho\n")
+        .fails(1, &["standard input:3: is no JSON object", "question"]);
+}
+
+#[test]
+fn a_model_without_a_head_gives_embeddings_of_length_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = untrained(dir.path(), None);
+    let done = given(&args(&folder, &[]), b"the film\nthe film was very good and warm .\nthe film");
+    done.ok();
+    let vectors: Vec<Vec<f64>> =
+        done.events().iter().map(|e| serde_json::from_value(e["embedding"].clone()).unwrap()).collect();
+    for v in &vectors {
+        assert_eq!(v.len(), 32);
+        assert!((v.iter().map(|x| x * x).sum::<f64>() - 1.0).abs() < 1e-5, "{v:?}");
+    }
+    assert!(vectors[0] == vectors[2] && vectors[0] != vectors[1]);
+}
+
+#[test]
+fn bad_lines_are_named_by_their_number() {
+    let packed = compressed().join("packed");
+    let cases: [(&[u8], &str); 4] = [
+        (b"fine\n{\"text\": 3}\n", "standard input:2: has `text`: 3"),
+        (b"\n\n{\"txt\": \"a\"}\n", "standard input:3: has a field `txt`"),
+        (b"fine\n{\"text\": \"a\"\n", "standard input:2: is no JSON object"),
+        (b"fine\nfine\n\xff\xfe\n", "standard input:3: is not UTF-8"),
+    ];
+    for (text, part) in cases {
+        given(&args(&packed, &[]), text).fails(1, &[part]);
+    }
+    run(&args(&packed, &["--input", "/no/such/file"])).fails(1, &["/no/such/file", "check the path"]);
+    run(&args(&packed, &["--max-length", "33"])).fails(1, &["33", "takes 32 tokens"]);
+    // Nothing asked, nothing said.
+    let nothing = given(&args(&packed, &[]), b"\n \n");
+    assert_eq!((nothing.code, nothing.stdout.as_str()), (Some(0), ""));
+    let dense = compressed().join("quantized");
+    let before = tree(&dense);
+    given(&args(&dense, &[]), b"fine\n").fails(1, &["the engine runs packed models", "pack it"]);
+    assert!(before == tree(&dense));
+}
