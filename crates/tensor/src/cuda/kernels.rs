@@ -254,11 +254,15 @@ mod tests {
         }
         let both = [DType::F32, DType::Bf16];
         let plain = crate::ops::SOURCES.iter().flat_map(|s| both.map(|element| s.of(element)));
-        let variants: Vec<Variant> = plain.chain(crate::ops::attention::flash_variants()).collect();
+        let (any, hopper) = crate::ops::sparse_linear::variants();
+        let all = plain.chain(crate::ops::attention::flash_variants()).chain(any);
+        let targets = ["sm_80", "sm_89", "sm_90a"];
+        let mut variants: Vec<(Variant, &[&str])> = all.map(|v| (v, &targets[..])).collect();
+        variants.extend(hopper.into_iter().map(|v| (v, &targets[2..])));
         // With --nocapture and GPUSQ_REGISTERS, what each kernel of this source, or of `all`, takes: registers, spills.
         let shown = env::var("GPUSQ_REGISTERS").unwrap_or_default();
-        variants.par_iter().for_each(|variant| {
-            for target in ["sm_80", "sm_89", "sm_90a"] {
+        variants.par_iter().for_each(|(variant, targets)| {
+            for target in *targets {
                 let (cubin, log) = compile_with_log(variant, target, &["--ptxas-options=-v"])
                     .unwrap_or_else(|e| panic!("{e}"));
                 assert_eq!(&cubin[..4], b"\x7fELF", "{} {target}", variant.source.name);

@@ -11,6 +11,7 @@ mod kernels;
 mod pool;
 pub(crate) mod reduce;
 mod stream;
+mod tensor_map;
 
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -190,6 +191,17 @@ impl Gpu {
         self.0.context.attribute(MOST).map_or(0, |n| n as usize)
     }
 
+    /// Multiprocessors it has.
+    pub(crate) fn multiprocessors(self) -> usize {
+        use sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT as COUNT;
+        self.0.context.attribute(COUNT).map_or(1, |n| n as usize)
+    }
+
+    /// Whether kernels may use Hopper's own instructions (wgmma, TMA).
+    pub(crate) fn hopper(self) -> bool {
+        self.0.target == "sm_90a"
+    }
+
     /// Waits for all work asked for so far and hands over the first failure since the last call. After
     /// out-of-memory the GPU works again; after a fault in a kernel the driver refuses all further work.
     pub fn check(self) -> Result<(), CudaError> {
@@ -323,7 +335,11 @@ impl Gpu {
             Err(e) => return self.fail(e),
         };
         let mut values: Vec<u64> = arguments.iter().map(|a| a.bits()).collect();
-        let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|v| (v as *mut u64).cast()).collect();
+        let place = |(a, v): (&Arg, &mut u64)| match a {
+            Arg::Map(map) => ptr::from_ref(map).cast_mut().cast(),
+            _ => ptr::from_mut(v).cast(),
+        };
+        let mut pointers: Vec<*mut c_void> = arguments.iter().zip(&mut values).map(place).collect();
         let [x, y, z] = grid.blocks;
         self.attempt(name, |gpu| {
             // SAFETY: each kernel's launcher sits beside its source and passes what it declares; every pointer
@@ -410,6 +426,7 @@ impl Gpu {
 const EXHAUSTED: sys::CUresult = sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY;
 
 pub(crate) use blas::{Factor, Operand, Product};
+pub(crate) use tensor_map::TensorMap;
 
 impl Device {
     /// Every device of this machine that can be used, the CPU first.
@@ -613,10 +630,13 @@ pub(crate) enum Arg {
     Long(i64),
     U64(u64),
     F32(f32),
+    /// `const __grid_constant__ TensorMap`
+    Map(TensorMap),
 }
 
 impl Arg {
-    /// The value in the low bytes, as the driver reads it (little-endian, like every host with these GPUs).
+    /// The value in the low bytes, as the driver reads it (little-endian, like every host with these GPUs). A tensor map
+    /// is longer and read where it is.
     fn bits(self) -> u64 {
         match self {
             Arg::Pointer(p) | Arg::U64(p) => p,
@@ -624,6 +644,7 @@ impl Arg {
             Arg::U32(v) => v as u64,
             Arg::Long(v) => v as u64,
             Arg::F32(v) => v.to_bits() as u64,
+            Arg::Map(_) => 0,
         }
     }
 }

@@ -22,6 +22,7 @@ pub mod mse;
 pub mod rms_norm;
 pub mod rotary;
 pub mod select;
+pub mod sparse_linear;
 pub mod weighted_sum;
 
 /// The kernels of every operation that has some.

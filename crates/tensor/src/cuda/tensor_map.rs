@@ -1,0 +1,53 @@
+//! Descriptions of matrices for Hopper's copy engine (TMA).
+
+use std::ffi::c_void;
+use std::mem::MaybeUninit;
+
+use cudarc::driver::sys;
+
+use super::{Arg, Memory};
+
+/// What the copy engine has to know of a matrix: a kernel takes it by value (`const __grid_constant__ TensorMap`).
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(crate) struct TensorMap([u64; 16]);
+
+impl TensorMap {
+    /// `rows` rows of `width` bytes, read in boxes of `box_rows` rows x 128 bytes, whose 16-byte chunks are exchanged
+    /// in shared memory as wgmma reads them (128-byte swizzle); what lies outside reads as zero. `None` if the engine
+    /// cannot read such a matrix: rows are not a multiple of 16 bytes, or the box has over 256 rows.
+    pub(crate) fn rows(memory: &Memory, rows: usize, width: usize, box_rows: usize) -> Option<TensorMap> {
+        if memory.at == 0 || rows == 0 || !width.is_multiple_of(16) || width >= 1 << 31 || box_rows > 256 {
+            return None;
+        }
+        let mut map = MaybeUninit::<TensorMap>::zeroed();
+        let (extent, pitch) = ([width as u64, rows as u64], [width as u64]);
+        let (tile, stride) = ([128u32, box_rows as u32], [1u32; 2]);
+        // SAFETY: `map` has a tensor map's size and alignment, the arrays have the lengths that rank 2 asks for, and
+        // the function only describes memory, which it does not touch.
+        let made = unsafe {
+            sys::cuTensorMapEncodeTiled(
+                map.as_mut_ptr().cast(),
+                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT8,
+                2,
+                memory.at as *mut c_void,
+                extent.as_ptr(),
+                pitch.as_ptr(),
+                tile.as_ptr(),
+                stride.as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        };
+        // SAFETY: zeroed, and any bytes make a map.
+        (made == sys::CUresult::CUDA_SUCCESS).then(|| unsafe { map.assume_init() })
+    }
+}
+
+impl From<TensorMap> for Arg {
+    fn from(map: TensorMap) -> Arg {
+        Arg::Map(map)
+    }
+}
