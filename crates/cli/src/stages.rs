@@ -114,13 +114,20 @@ impl Start {
     }
 
     /// Preflight, then the output folder; `None` if the run in it is finished, which is told then.
-    fn open(&mut self, batch: usize, teacher: bool, stages: u64) -> Result<Option<Held>> {
+    fn open(&mut self, teacher: bool, stages: u64) -> Result<Option<Held>> {
+        let c = &self.config;
+        let fits = match self.command {
+            "finetune" => vec![&c.train.fit],
+            "prune" => vec![&c.prune.fit],
+            "quantize" => vec![&c.quantize.fit],
+            _ => vec![&c.prune.fit, &c.quantize.fit],
+        };
         let p = preflight(
             &self.model,
             &self.tokenizer,
             &self.train,
             &self.dev,
-            batch,
+            &fits,
             teacher,
             stages,
             self.command != "finetune",
@@ -183,7 +190,7 @@ impl Start {
 
 pub(crate) fn finetune(m: &ArgMatches) -> Result<()> {
     let mut s = Start::read("finetune", Stage::Dense, Head::New, m)?;
-    let Some(_held) = s.open(s.config.train.fit.batch_size, false, 1)? else { return Ok(()) };
+    let Some(_held) = s.open(false, 1)? else { return Ok(()) };
     let mut progress = std::mem::replace(&mut s.progress, Progress::new(m.get_flag("json")));
     let trained = s.run().finetune(&s.model, &s.out, &mut |e| progress.show(e))?;
     s.report(&trained, "dense", None)
@@ -191,7 +198,7 @@ pub(crate) fn finetune(m: &ArgMatches) -> Result<()> {
 
 pub(crate) fn prune(m: &ArgMatches) -> Result<()> {
     let mut s = Start::read("prune", Stage::Dense, Head::Trained, m)?;
-    let opened = s.open(s.config.prune.fit.batch_size, s.config.distill.enabled, 1)?;
+    let opened = s.open(s.config.distill.enabled, 1)?;
     let Some(_held) = opened else { return Ok(()) };
     let mut progress = std::mem::replace(&mut s.progress, Progress::new(m.get_flag("json")));
     let trained = s.run().prune(&s.model, &s.out, &mut |e| progress.show(e))?;
@@ -200,7 +207,7 @@ pub(crate) fn prune(m: &ArgMatches) -> Result<()> {
 
 pub(crate) fn quantize(m: &ArgMatches) -> Result<()> {
     let mut s = Start::read("quantize", Stage::Pruned, Head::Trained, m)?;
-    let opened = s.open(s.config.quantize.fit.batch_size, s.config.distill.enabled, 1)?;
+    let opened = s.open(s.config.distill.enabled, 1)?;
     let Some(_held) = opened else { return Ok(()) };
     let mut progress = std::mem::replace(&mut s.progress, Progress::new(m.get_flag("json")));
     let run = s.run();
@@ -218,8 +225,7 @@ pub(crate) fn quantize(m: &ArgMatches) -> Result<()> {
 
 pub(crate) fn compress(m: &ArgMatches) -> Result<()> {
     let mut s = Start::read("compress", Stage::Dense, Head::Trained, m)?;
-    let batch = s.config.prune.fit.batch_size.max(s.config.quantize.fit.batch_size);
-    let Some(_held) = s.open(batch, s.config.distill.enabled, 4)? else { return Ok(()) };
+    let Some(_held) = s.open(s.config.distill.enabled, 4)? else { return Ok(()) };
     let mut progress = std::mem::replace(&mut s.progress, Progress::new(m.get_flag("json")));
     let record = s.run().compress(&s.model, &mut |e| progress.show(e))?;
     let (_, verdict) = record.verdict();

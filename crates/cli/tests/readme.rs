@@ -29,6 +29,13 @@ fn claimed(readme: &str) -> Vec<(String, Vec<String>)> {
     cells.map(|row| named(row.collect())).filter(|(name, _)| dotted(name)).collect()
 }
 
+/// Whether a number in `text`, or a hundred times it, is `value` to two decimals.
+fn says(text: &str, value: f64) -> bool {
+    let numbers = text.split(|c: char| !c.is_ascii_digit() && !"+-.eE".contains(c));
+    let near = |x: f64| (x - value).abs() < 0.005 + 1e-9;
+    numbers.filter_map(|n| n.parse::<f64>().ok()).any(|n| near(n) || near(100.0 * n))
+}
+
 #[test]
 fn figures_of_the_readme_are_claims_with_raw_output() {
     let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
@@ -45,6 +52,9 @@ fn figures_of_the_readme_are_claims_with_raw_output() {
         let raw = claim["raw"].as_str().unwrap();
         assert!(std::path::Path::new(&format!("{root}/results/{raw}")).is_file(), "{id}: no results/{raw}");
         assert!(claim["value"].is_number() && claim["ratio"].is_number(), "{id}");
+        let (value, raw_text) =
+            (&claim["value"], std::fs::read_to_string(format!("{root}/results/{raw}")).unwrap());
+        assert!(says(&raw_text, value.as_f64().unwrap()), "{id}: results/{raw} does not say {value}");
     }
     let find = |id: &str| claims.iter().find(|c| c["id"] == id).unwrap_or_else(|| panic!("{id} is no claim"));
     let rows = claimed(&readme);

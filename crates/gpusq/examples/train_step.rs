@@ -1,7 +1,7 @@
 //! Times one knowledge-distillation step on random weights and tokens: teacher and student forward, span loss + KL +
 //! features, backward, clipping, AdamW.
 //!
-//! `train_step SIZE BATCH LENGTH DEVICE PRECISION dense|gpusq [STEPS]`, with SIZE tiny, mini, base or large. `gpusq` is the
+//! `train_step SIZE BATCH LENGTH DEVICE PRECISION dense|gpusq [STEPS [recompute]]`, with SIZE tiny, mini, base or large. `gpusq` is the
 //! second stage of compression: 2:4 weights, fake quantisation, 2:4 attention. One line: median step, peak memory.
 
 use std::collections::BTreeMap;
@@ -31,7 +31,8 @@ const SIZES: [(&str, [usize; 4]); 4] = [
 fn main() {
     let start = Instant::now();
     let words: Vec<String> = std::env::args().skip(1).collect();
-    let usage = "train_step tiny|mini|base|large BATCH LENGTH DEVICE f32|bf16 dense|gpusq [STEPS]";
+    let usage =
+        "train_step tiny|mini|base|large BATCH LENGTH DEVICE f32|bf16 dense|gpusq [STEPS [recompute]]";
     let [size, batch, length, device, precision, what, rest @ ..] = &words[..] else {
         panic!("usage: {usage}")
     };
@@ -71,7 +72,8 @@ fn main() {
         let few = Inputs { tokens: few, target: None };
         calibrate(&mut student, &[few], &calibration(&settings.quantize), compute).unwrap();
     }
-    let optimizer = config::Fit { learning_rate: 1e-5, ..config::Fit::default() };
+    let gradient_checkpointing = rest.get(1).is_some_and(|word| word == "recompute");
+    let optimizer = config::Fit { learning_rate: 1e-5, gradient_checkpointing, ..config::Fit::default() };
     let how = Recipe {
         optimizer: &optimizer,
         mix: Mix { alpha: 1.0, beta: 10.0, gamma: 1.0, temperature: 2.0, attention_features: false },

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::rc::Rc;
 
 use gpusq_tensor::ops::activation::activation;
 use gpusq_tensor::ops::add::add;
@@ -91,9 +92,10 @@ impl fmt::Display for Compute {
     }
 }
 
-/// Weights placed on a tape.
+/// Weights placed on a tape. Copies name the same ones.
+#[derive(Clone)]
 pub struct Bound {
-    leaves: BTreeMap<String, Leaf>,
+    leaves: Rc<BTreeMap<String, Leaf>>,
     element: DType,
 }
 
@@ -146,14 +148,14 @@ impl Bound {
         for (name, w) in names.iter().zip(multiplied(tape, &weights, gradient, element)) {
             leaves.get_mut(*name).expect("made above").effective = Effective::Plain(w);
         }
-        Bound { leaves, element }
+        Bound { leaves: Rc::new(leaves), element }
     }
 
     /// Takes the gradients of every weight: `(name, gradient, step-size gradient)`. A weight the loss does
     /// not depend on has none.
     pub fn gradients(&self, grads: &mut Grads) -> BTreeMap<String, (Tensor, Option<Tensor>)> {
         let mut out = BTreeMap::new();
-        for (name, leaf) in &self.leaves {
+        for (name, leaf) in self.leaves.iter() {
             if let Some(g) = grads.take(&leaf.raw) {
                 let s = leaf.scale.as_ref().and_then(|s| grads.take(s));
                 out.insert(name.clone(), (g, s));
@@ -191,6 +193,16 @@ fn plain_bias(params: &Params, name: &str) -> bool {
 struct Input {
     plain: Var,
     quantized: Option<Quantized>,
+}
+
+/// What all blocks of a stack share.
+#[derive(Clone)]
+struct Block {
+    stack: Stack,
+    own: Attention,
+    /// The encoder's output and the attention to it.
+    cross: Option<(Var, Attention)>,
+    rotation: Option<(RotaryTable, Vec<u32>)>,
 }
 
 /// One forward pass in progress.
@@ -327,30 +339,25 @@ impl Forward<'_> {
         let own = attention_of(s, tokens, tokens, s.causal, self.pattern);
         let cross = source
             .filter(|_| s.cross)
-            .map(|(encoded, source)| (encoded, attention_of(s, tokens, source, false, self.pattern)));
+            .map(|(encoded, source)| (encoded.clone(), attention_of(s, tokens, source, false, self.pattern)));
+        let block = Block { stack: s.clone(), own, cross, rotation: table };
+        // What is tapped inside of a block must be kept.
+        let whole = !self.tape.recomputes() || self.want.attention || self.want.linears;
         for i in 0..s.layers {
             let at = format!("{name}.{i}");
-            x = self.sublayer(&format!("{at}.attn.norm"), s, &x, |x| {
-                let input = self.input(&format!("{at}.attn"), x);
-                self.attend(&format!("{at}.attn"), s, &input, &input, &own, table.as_ref())
-            });
-            if let Some((encoded, how)) = &cross {
-                x = self.sublayer(&format!("{at}.cross.norm"), s, &x, |x| {
-                    let q = self.input(&format!("{at}.cross.q"), x);
-                    let kv = self.input(&format!("{at}.cross.kv"), encoded);
-                    self.attend(&format!("{at}.cross"), s, &q, &kv, how, None)
-                });
-            }
-            x = self.sublayer(&format!("{at}.ffn.norm"), s, &x, |x| {
-                let input = self.input(&format!("{at}.ffn"), x);
-                let inner = self.linear(&format!("{at}.ffn.in"), &input, s.bias);
-                let inner = if s.gated {
-                    gated_silu(self.tape, &self.linear(&format!("{at}.ffn.gate"), &input, s.bias), &inner)
-                } else {
-                    activation(self.tape, &inner, s.activation)
-                };
-                self.linear(&format!("{at}.ffn.out"), &self.input(&format!("{at}.ffn.out"), &inner), s.bias)
-            });
+            x = match whole {
+                true => self.block(&at, &block, &x),
+                false => {
+                    let (at, block) = (at.clone(), block.clone());
+                    let (spec, bound, pattern) = (self.spec.clone(), self.bound.clone(), self.pattern);
+                    self.tape.checkpoint(&x, move |tape, x| {
+                        let want = TapSet::default();
+                        let (spec, bound) = (&spec, &bound);
+                        let f = Forward { tape, spec, bound, pattern, want, taps: Default::default() };
+                        f.block(&at, &block, x)
+                    })
+                }
+            };
             self.tap(self.want.blocks, || at.clone(), &x);
         }
         if s.final_norm {
@@ -361,6 +368,32 @@ impl Forward<'_> {
         }
         self.tap(self.want.blocks, || format!("{name}.last"), &x);
         x
+    }
+
+    /// Block `at` of a stack.
+    fn block(&self, at: &str, block: &Block, x: &Var) -> Var {
+        let s = &block.stack;
+        let mut x = self.sublayer(&format!("{at}.attn.norm"), s, x, |x| {
+            let input = self.input(&format!("{at}.attn"), x);
+            self.attend(&format!("{at}.attn"), s, &input, &input, &block.own, block.rotation.as_ref())
+        });
+        if let Some((encoded, how)) = &block.cross {
+            x = self.sublayer(&format!("{at}.cross.norm"), s, &x, |x| {
+                let q = self.input(&format!("{at}.cross.q"), x);
+                let kv = self.input(&format!("{at}.cross.kv"), encoded);
+                self.attend(&format!("{at}.cross"), s, &q, &kv, how, None)
+            });
+        }
+        self.sublayer(&format!("{at}.ffn.norm"), s, &x, |x| {
+            let input = self.input(&format!("{at}.ffn"), x);
+            let inner = self.linear(&format!("{at}.ffn.in"), &input, s.bias);
+            let inner = if s.gated {
+                gated_silu(self.tape, &self.linear(&format!("{at}.ffn.gate"), &input, s.bias), &inner)
+            } else {
+                activation(self.tape, &inner, s.activation)
+            };
+            self.linear(&format!("{at}.ffn.out"), &self.input(&format!("{at}.ffn.out"), &inner), s.bias)
+        })
     }
 
     /// Residual connection, dropout and normalisation around `f`, in the stack's order.

@@ -7,6 +7,7 @@ use gpusq_tensor::Device;
 use serde::Serialize;
 
 use crate::arch;
+use crate::config;
 use crate::format::atomic::free_space;
 use crate::format::packed::beyond_f16;
 use crate::forward::Compute;
@@ -44,7 +45,7 @@ pub struct Preflight {
     pub warnings: Vec<String>,
 }
 
-/// Checks that `model` can be trained on `train` with batches of `batch`, under a teacher or not, for
+/// Checks that `model` can be trained on `train` as each of `fits` says, under a teacher or not, for
 /// `stages` stages as `compute` says into `out`; `compresses` says that they compress.
 ///
 /// # Errors
@@ -56,7 +57,7 @@ pub fn preflight(
     tokenizer: &Tokenizer,
     train: &Dataset,
     dev: &Dataset,
-    batch: usize,
+    fits: &[&config::Fit],
     teacher: bool,
     stages: u64,
     compresses: bool,
@@ -86,9 +87,16 @@ pub fn preflight(
         }
     }
     let longest = train.examples.iter().chain(&dev.examples).map(|e| e.ids.len()).max().unwrap_or(0);
-    let batch = batch.min(train.examples.len().max(1));
-    let step = Step { length: longest, teacher, quantises: compresses, compute };
-    let memory = step.bytes(spec, batch);
+    let step = |fit: &&config::Fit| Step {
+        length: longest,
+        teacher,
+        quantises: compresses,
+        recomputes: fit.gradient_checkpointing,
+        compute,
+    };
+    let needs = |fit: &&config::Fit| step(fit).bytes(spec, fit.batch_size.min(train.examples.len().max(1)));
+    let most = fits.iter().max_by_key(|fit| needs(fit)).expect("a run trains");
+    let memory = needs(most);
     // f32 weights of each stage, and the state (weights and two moments) of the one being trained.
     let disk = 4 * parameters as u64 * (stages + 3);
     let mut warnings = Vec::new();
@@ -105,7 +113,7 @@ pub fn preflight(
             bytes(memory),
             compute.device,
             bytes(have),
-            step.advice(spec, have)
+            step(most).advice(spec, have)
         ));
     }
     if let Some(free) = free_space(out).filter(|free| *free < disk) {

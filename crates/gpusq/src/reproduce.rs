@@ -131,6 +131,7 @@ impl Experiment {
         }
         config.prune.check()?;
         config.distill.check()?;
+        config.check_checkpointing()?;
         Ok(config)
     }
 }
@@ -231,14 +232,13 @@ impl Reproduction<'_> {
     /// Checks that `model` can be compressed, and that `stages` models more fit the disk.
     fn preflight(&self, model: &Model, stages: u64) -> Result<Preflight> {
         let (base, c) = (&self.base, self.base.config);
-        let batches = [&c.train.fit, &c.prune.fit, &c.quantize.fit].map(|f| f.batch_size);
-        let batch = batches.into_iter().max().unwrap_or_default();
+        let fits = [&c.train.fit, &c.prune.fit, &c.quantize.fit];
         preflight(
             model,
             base.tokenizer,
             base.train,
             base.dev,
-            batch,
+            &fits,
             true,
             stages,
             true,

@@ -310,3 +310,29 @@ fn every_device_has_the_cpus_loss_curve() {
         }
     }
 }
+
+/// On every device, in every stage: what is computed again is what was computed, with dropout too.
+#[test]
+fn gradient_checkpointing_changes_no_bit() {
+    let d = data();
+    let kept = Fit { max_steps: Some(6), log_every: 1, ..settings(1, 1e-3) };
+    assert!(kept.dropout.is_none() && dense().spec.encoder.unwrap().dropout.attention > 0.0, "with dropout");
+    let again = Fit { gradient_checkpointing: true, ..kept.clone() };
+    let mix = Mix { attention_features: false, ..MIX };
+    let teacher = dense();
+    let sparse = pruned(&teacher, &d, "magnitude");
+    let mut fake = sparse.clone();
+    calibrate(&mut fake, &samples(&d), &calibration(&Config::default().quantize), Compute::CPU).unwrap();
+    for device in Device::all() {
+        for (start, teacher) in [(&teacher, None), (&sparse, Some(&teacher)), (&fake, Some(&sparse))] {
+            let trained = |f: &Fit| {
+                let mut student = start.clone();
+                let how =
+                    Recipe { compute: Compute { device, element: DType::F32 }, ..recipe(f, mix, teacher) };
+                let report = fit(&mut student, &d, &how, State::default(), &mut |_| {}).unwrap();
+                (student.params, report.curve)
+            };
+            assert!(trained(&kept) == trained(&again), "{device}, {:?}", start.stage);
+        }
+    }
+}

@@ -78,6 +78,17 @@ impl Grads {
         var.node.map(|node| &mut self.slots[node])
     }
 
+    /// Runs `nodes`, the first of which has position `base`, from the last to the first.
+    fn run(&mut self, nodes: &mut [Option<Backward>], base: usize) {
+        for i in (0..nodes.len()).rev() {
+            // Leaves have no closure and keep their gradient for `take`.
+            let Some(backward) = nodes[i].take() else { continue };
+            if let Some(grad) = self.slots[base + i].take() {
+                backward(&grad, self);
+            }
+        }
+    }
+
     /// Takes the gradient of `var`; `None` if nothing that was differentiated depends on it.
     pub fn take(&mut self, var: &Var) -> Option<Tensor> {
         self.slots[var.node?].take()
@@ -87,7 +98,11 @@ impl Grads {
 /// The record of one forward pass.
 pub struct Tape {
     nodes: RefCell<Vec<Option<Backward>>>,
+    /// Position of the first node: what a checkpoint computes again lies behind the nodes of the tape around it.
+    base: usize,
     recording: bool,
+    /// Whether [`Tape::checkpoint`] keeps inputs only.
+    recomputes: bool,
     /// Dropout key; `None` switches dropout off.
     seed: Option<u64>,
     draws: Cell<u32>,
@@ -96,7 +111,14 @@ pub struct Tape {
 impl Tape {
     /// A tape that records, without dropout.
     pub fn recording() -> Self {
-        Tape { nodes: RefCell::default(), recording: true, seed: None, draws: Cell::new(0) }
+        Tape {
+            nodes: RefCell::default(),
+            base: 0,
+            recording: true,
+            recomputes: false,
+            seed: None,
+            draws: Cell::new(0),
+        }
     }
 
     /// A tape that records, with dropout drawn from `seed`: the same seed gives the same masks.
@@ -107,6 +129,41 @@ impl Tape {
     /// A tape that records nothing: no gradients, no dropout, no kept activations.
     pub fn inference() -> Self {
         Tape { recording: false, ..Self::recording() }
+    }
+
+    /// The same tape, whose [`Tape::checkpoint`]s keep their input and are computed again for the backward pass.
+    pub fn recomputing(self, recomputes: bool) -> Self {
+        Tape { recomputes, ..self }
+    }
+
+    /// Whether [`Tape::checkpoint`] keeps inputs only.
+    pub fn recomputes(&self) -> bool {
+        self.recomputes && self.recording
+    }
+
+    /// `f` of `x`, of which only `x` and the result are kept if this tape recomputes: the backward pass runs `f`
+    /// again (gradient checkpointing, Chen et al. 2016). Values, dropout and gradients have the same bits either way.
+    /// What else `f` reads, other values of this tape among it, it owns.
+    pub fn checkpoint(&self, x: &Var, f: impl Fn(&Tape, &Var) -> Var + 'static) -> Var {
+        if !self.recomputes() {
+            return f(self, x);
+        }
+        let (seed, first) = (self.seed, self.draws.get());
+        let quiet = Tape { recording: false, seed, draws: Cell::new(first), ..Tape::recording() };
+        let value = f(&quiet, x).value;
+        self.draws.set(quiet.draws.get());
+        let x = x.clone();
+        let backward = move |grad: &Tensor, grads: &mut Grads| {
+            let outer = grads.slots.len();
+            let again = Tape { base: outer, seed, draws: Cell::new(first), ..Tape::recording() };
+            let y = f(&again, &x);
+            let mut nodes = again.nodes.into_inner();
+            grads.slots.resize(outer + nodes.len(), None);
+            grads.add(&y, grad.clone());
+            grads.run(&mut nodes, outer);
+            grads.slots.truncate(outer);
+        };
+        Var { value, node: Some(self.slot(Some(Box::new(backward)))) }
     }
 
     /// A value whose gradient is wanted.
@@ -159,7 +216,7 @@ impl Tape {
     fn slot(&self, backward: Option<Backward>) -> usize {
         let mut nodes = self.nodes.borrow_mut();
         nodes.push(backward);
-        nodes.len() - 1
+        self.base + nodes.len() - 1
     }
 
     /// Gradients of the one-element `loss` with respect to every leaf. The record is used up.
@@ -167,13 +224,50 @@ impl Tape {
         let mut nodes = self.nodes.into_inner();
         let mut grads = Grads { slots: vec![None; nodes.len()] };
         grads.add(loss, Tensor::full(loss.shape(), 1.0).to(loss.value.device()));
-        for i in (0..nodes.len()).rev() {
-            // Leaves have no closure and keep their gradient for `take`.
-            let Some(backward) = nodes[i].take() else { continue };
-            if let Some(grad) = grads.slots[i].take() {
-                backward(&grad, &mut grads);
-            }
-        }
+        grads.run(&mut nodes, 0);
         grads
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::activation::{Activation, activation};
+    use crate::ops::check::noise;
+    use crate::ops::dropout::dropout;
+    use crate::ops::linear::linear;
+    use crate::ops::weighted_sum::dot;
+
+    /// Two layers that share a weight, with dropout and a residual input from outside.
+    fn run(device: Device, recomputes: bool) -> (Tensor, Vec<Tensor>, usize) {
+        let tape = Tape::training(7).recomputing(recomputes);
+        let leaf = |seed, shape: &[usize]| tape.leaf(noise(shape, seed).to(device));
+        let (x, w, beside) = (leaf(1, &[6, 8]), leaf(2, &[8, 8]), leaf(3, &[6, 8]));
+        let mut y = x.clone();
+        for _ in 0..2 {
+            let (w, beside) = (w.clone(), beside.clone());
+            y = tape.checkpoint(&y, move |tape, x| {
+                let y = activation(tape, &linear(tape, x, &w, None), Activation::Gelu);
+                add::add(tape, &dropout(tape, &y, 0.3), &beside)
+            });
+        }
+        // What is drawn after a checkpoint does not depend on it either.
+        let y = dropout(&tape, &y, 0.5);
+        let loss = dot(&tape, &y, &noise(&[6, 8], 4).to(device));
+        let kept = tape.nodes.borrow().len();
+        let value = y.value().to(Device::Cpu);
+        let mut grads = tape.backward(&loss);
+        let of = [&x, &w, &beside].map(|v| grads.take(v).expect("has a gradient").to(Device::Cpu));
+        (value, of.to_vec(), kept)
+    }
+
+    #[test]
+    fn a_checkpoint_keeps_less_and_changes_no_bit() {
+        for device in Device::all() {
+            let (plain, again) = (run(device, false), run(device, true));
+            assert_eq!(plain.0, again.0, "{device:?}");
+            assert_eq!(plain.1, again.1, "{device:?}");
+            assert!(again.2 < plain.2, "{} nodes, {} without checkpoints", again.2, plain.2);
+        }
     }
 }

@@ -424,6 +424,11 @@ fn settings_that_exclude_each_other_are_refused_before_anything_is_written() {
             i.args.extend([format!("--distill.{term}"), "0".into()]);
         }
         i.fails(2, &["distill.alpha, beta and gamma", "raise one"]);
+        let mut i = Inputs::of(command, &dense());
+        for setting in ["distill.attention-features", "prune.gradient-checkpointing"] {
+            i.args.extend([format!("--{setting}"), "true".into()]);
+        }
+        i.fails(2, &["distill.attention_features", "prune.gradient_checkpointing"]);
     }
 }
 

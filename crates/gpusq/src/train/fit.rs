@@ -174,7 +174,8 @@ impl<'a> Stepper<'a> {
             .teacher
             .as_ref()
             .map(|(t, bound)| forward(&self.quiet, &t.spec, bound, t.attention, &batch.inputs, taps));
-        let tape = Tape::training(how.seed ^ (step as u64 + 1).wrapping_mul(0xA076_1D64_78BD_642F));
+        let seed = how.seed ^ (step as u64 + 1).wrapping_mul(0xA076_1D64_78BD_642F);
+        let tape = Tape::training(seed).recomputing(o.gradient_checkpointing);
         let bound = Bound::new(&tape, &student.params, self.gradient, how.compute);
         let out = forward(&tape, &self.spec, &bound, student.attention, &batch.inputs, taps);
         let l = loss(&tape, &how.mix, &out, taught.as_ref(), &batch.targets, tokens);
@@ -295,6 +296,7 @@ pub fn fit(
         length: batch.inputs.tokens.length,
         teacher: how.teacher.is_some(),
         quantises,
+        recomputes: o.gradient_checkpointing,
         compute: how.compute,
     };
     let mut order: (usize, Vec<Vec<usize>>) = (usize::MAX, Vec::new());

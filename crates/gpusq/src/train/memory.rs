@@ -16,6 +16,8 @@ pub struct Step {
     pub teacher: bool,
     /// Whether weights and activations are fake-quantised.
     pub quantises: bool,
+    /// Whether blocks keep their input only, and are computed again.
+    pub recomputes: bool,
     /// Where and in what it computes.
     pub compute: Compute,
 }
@@ -23,7 +25,7 @@ pub struct Step {
 impl Step {
     /// Bytes of memory that a step of `batch` inputs needs, estimated.
     pub fn bytes(&self, spec: &TransformerSpec, batch: usize) -> u64 {
-        let Step { length, teacher, quantises, compute } = *self;
+        let Step { length, teacher, quantises, recomputes, compute } = *self;
         let parameters = spec.weights().iter().map(|(_, s)| s.iter().product::<usize>()).sum::<usize>();
         let tokens = batch * length;
         let bytes = if compute.element == DType::Bf16 {
@@ -37,12 +39,22 @@ impl Step {
                 // Codes of inputs, and quantised outputs beside those that were quantised.
                 let codes = if quantises { 4 * s.hidden + qkv + inner } else { 0 };
                 let taught = if teacher { s.hidden } else { 0 };
-                s.layers * (8 * s.hidden + qkv + inner + codes + taught)
+                let block = 8 * s.hidden + qkv + inner + codes;
+                match recomputes {
+                    true => s.layers * (s.hidden + taught) + block,
+                    false => s.layers * (block + taught),
+                }
             };
             let activations = 2 * tokens * spec.stacks().map(|(_, s)| kept(s)).sum::<usize>();
             weights + of_teacher + activations.max(4 * parameters)
         } else {
-            let activations: usize = spec.stacks().map(|(_, s)| activation_elements(s, batch, length)).sum();
+            let activations: usize = spec
+                .stacks()
+                .map(|(_, s)| {
+                    let block = activation_elements(s, batch, length);
+                    if recomputes { s.layers * tokens * s.hidden + block } else { s.layers * block }
+                })
+                .sum();
             // Weights, gradients and two moments in f32; the teacher's weights; activations of one step.
             let copies = 4 + usize::from(teacher);
             let logits = 4 * tokens * spec.embed_width;
@@ -70,9 +82,19 @@ impl Step {
 
     /// What to do where `have` bytes are too few.
     pub fn advice(&self, spec: &TransformerSpec, have: u64) -> String {
+        let recomputing = Step { recomputes: true, ..*self }.largest_batch(spec, have);
         match self.largest_batch(spec, have) {
+            0 if recomputing > 0 => format!(
+                "not even one input of {} tokens fits, but {recomputing} do with gradient_checkpointing",
+                self.length
+            ),
             0 => format!(
                 "not even one input of {} tokens fits: lower max_length, or take a smaller model",
+                self.length
+            ),
+            n if recomputing > n => format!(
+                "a batch_size of about {n} fits at {} tokens, of {recomputing} with gradient_checkpointing; or lower \
+                 max_length",
                 self.length
             ),
             n => format!("a batch_size of about {n} fits at {} tokens; or lower max_length", self.length),
@@ -96,14 +118,14 @@ impl Step {
     }
 }
 
-/// f32 elements that one training step in f32 keeps for a stack's backward pass.
+/// f32 elements that one training step in f32 keeps for a block's backward pass.
 fn activation_elements(s: &Stack, batch: usize, length: usize) -> usize {
     let tokens = batch * length;
     let inner = if s.gated { 3 * s.ffn } else { 2 * s.ffn };
     // Per token: norms and their normalised inputs, q, k, v, attention output, two sub-layer outputs, and
     // as much again for gradients in flight.
     let per_token = 10 * s.hidden + s.head_dim * (s.heads + 2 * s.kv_heads) + inner;
-    s.layers * (tokens * per_token + batch * s.heads * length * length)
+    tokens * per_token + batch * s.heads * length * length
 }
 
 #[cfg(test)]
@@ -125,7 +147,7 @@ mod tests {
         for (batch, quantises, gib) in
             [(32, false, 6.34), (8, false, 3.09), (32, true, 9.58), (8, true, 3.96)]
         {
-            let step = Step { length: 384, teacher: true, quantises, compute };
+            let step = Step { length: 384, teacher: true, quantises, recomputes: false, compute };
             let got = step.bytes(&spec, batch) as f64 / (1u64 << 30) as f64;
             assert!(
                 (got / gib - 1.0).abs() < 0.1,
@@ -144,7 +166,7 @@ mod tests {
         let spec = (arch::find(&config).unwrap().spec)(&config).unwrap();
         for element in [DType::F32, DType::Bf16] {
             let compute = Compute { device: Device::Cpu, element };
-            let step = Step { length: 384, teacher: true, quantises: true, compute };
+            let step = Step { length: 384, teacher: true, quantises: true, recomputes: false, compute };
             for gib in [4u64, 16, 80] {
                 let most = step.largest_batch(&spec, gib << 30);
                 assert!(most > 0 && step.bytes(&spec, most) <= gib << 30, "{most} in {gib} GiB");
