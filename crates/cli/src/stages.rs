@@ -128,6 +128,7 @@ impl Start {
             &self.train,
             &self.dev,
             &fits,
+            1,
             teacher,
             stages,
             self.command != "finetune",

@@ -12,7 +12,7 @@ use gpusq::distill::{Mix, Targets};
 use gpusq::forward::{Compute, Inputs, Tokens};
 use gpusq::model::Model;
 use gpusq::sparsity::Pattern;
-use gpusq::train::batch::Batch;
+use gpusq::train::batch::{Batch, MicroBatch};
 use gpusq::train::{Recipe, Stepper};
 
 const CONFIG: &str = r#"{"model_type":"bert","architectures":["BertForQuestionAnswering"],"vocab_size":30522,
@@ -28,7 +28,8 @@ fn step(c: &mut Criterion) {
     let ids = (0..batch * length).map(|i| (i as u32).wrapping_mul(2_654_435_761) % 30_522).collect();
     let tokens = Tokens { batch, length, ids, types: vec![0; batch * length], mask: None };
     let targets = Targets::Spans { start: vec![5; batch], end: vec![9; batch] };
-    let b = Batch { inputs: Inputs { tokens, target: None }, targets };
+    let batch = Batch { inputs: Inputs { tokens, target: None }, targets };
+    let parts = [MicroBatch::from(batch)];
     let optimizer = config::Fit { learning_rate: 1e-5, ..config::Fit::default() };
     for (name, attention) in [("dense", None), ("attention 2:4", Some(Pattern::TWO_FOUR))] {
         let (teacher, mut student) = (model(), model());
@@ -51,7 +52,7 @@ fn step(c: &mut Criterion) {
         c.bench_function(&format!("KD step, MiniLM size, batch 8 x 128, {name}"), |bench| {
             bench.iter(|| {
                 n += 1;
-                black_box(stepper.step(&mut student, &mut moments, &b, n, 1e-5).unwrap())
+                black_box(stepper.step(&mut student, &mut moments, &parts, n, 1e-5).unwrap())
             })
         });
     }

@@ -17,7 +17,7 @@ use gpusq::model::Model;
 use gpusq::quant::calibrate;
 use gpusq::sparsity::Pattern;
 use gpusq::tensor::Device;
-use gpusq::train::batch::Batch;
+use gpusq::train::batch::{Batch, MicroBatch};
 use gpusq::train::{Recipe, Stepper};
 
 /// Layers, width, heads, inner width.
@@ -56,7 +56,7 @@ fn main() {
     let ids = (0..batch * length).map(|i| (i as u32).wrapping_mul(2_654_435_761) % 30_522).collect();
     let tokens = Tokens { batch, length, ids, types: vec![0; batch * length], mask: None };
     let targets = Targets::Spans { start: vec![5; batch], end: vec![9; batch] };
-    let b = Batch { inputs: Inputs { tokens, target: None }, targets };
+    let parts = [MicroBatch::from(Batch { inputs: Inputs { tokens, target: None }, targets })];
     if what == "gpusq" {
         settings.prune.attention = Some(Pattern::TWO_FOUR);
         for m in [&mut teacher, &mut student] {
@@ -65,7 +65,7 @@ fn main() {
         let few = Tokens {
             batch: 1,
             length,
-            ids: b.inputs.tokens.ids[..length].to_vec(),
+            ids: parts[0].batch.inputs.tokens.ids[..length].to_vec(),
             types: vec![],
             mask: None,
         };
@@ -94,7 +94,7 @@ fn main() {
     let mut peak = 0.0;
     for n in 0..steps + 5 {
         let from = Instant::now();
-        let terms = stepper.step(&mut student, &mut moments, &b, n, 1e-5).unwrap();
+        let terms = stepper.step(&mut student, &mut moments, &parts, n, 1e-5).unwrap();
         if n == 0 {
             (first, to_first) = (terms.total, start.elapsed().as_secs_f64());
         }

@@ -178,6 +178,9 @@ table! {
         max_steps: Option<usize> = None, 1.0..=1e9;
         /// Examples for one optimiser step, over all devices together.
         batch_size: usize = 32, 1.0..=65536.0;
+        /// Examples that a device computes at a time; the gradients of a larger batch are summed over several such
+        /// steps (gradient accumulation), which takes less memory and trains the same ("none": all of its batch).
+        micro_batch_size: Option<usize> = None, 1.0..=65536.0;
         /// Largest learning rate, reached at the end of the warm-up.
         learning_rate: f64 = 3e-5, (Bound::Excluded(0.0), Bound::Included(1.0));
         /// Fraction of the steps during which the learning rate rises from 0.
@@ -207,6 +210,14 @@ table! {
 }
 
 impl Fit {
+    /// Of `examples` or more, how many each of `devices` computes at a time, and whether it does so several times for
+    /// a batch.
+    pub fn at_a_time(&self, examples: usize, devices: usize) -> (usize, bool) {
+        let own = self.batch_size.min(examples).max(1).div_ceil(devices);
+        let most = self.micro_batch_size.map_or(own, |n| n.min(own));
+        (most, most < own)
+    }
+
     /// Defaults of the stages that compress. The teacher is not dropped out, and a student that is cannot follow it:
     /// dropout cost up to 3 points there (`results/`).
     fn of_compression() -> Fit {

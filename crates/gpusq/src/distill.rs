@@ -1,7 +1,7 @@
 //! The mixed loss (paper, equations 6 and 7, algorithm 1):
 //! `L = alpha * hard + beta * soft + gamma * feature`.
 
-use gpusq_tensor::ops::add::add;
+use gpusq_tensor::ops::add::{accumulate, add};
 use gpusq_tensor::ops::cross_entropy::cross_entropy;
 use gpusq_tensor::ops::kl_divergence::kl_divergence;
 use gpusq_tensor::ops::mse::mse;
@@ -56,6 +56,47 @@ pub enum Targets {
     Tokens(Vec<i32>),
 }
 
+impl Targets {
+    /// How many predictions the hard loss is a mean over; with a teacher, missing labels are filled.
+    fn predictions(&self, taught: bool) -> usize {
+        let labelled = |l: &[i32]| l.iter().filter(|&&l| l >= 0).count();
+        match self {
+            Targets::Classes(l) if !taught => labelled(l),
+            Targets::Spans { start, .. } if !taught => labelled(start),
+            Targets::Classes(l) | Targets::Spans { start: l, .. } => l.len(),
+            Targets::Values(v) => v.len(),
+            Targets::Tokens(l) => labelled(l),
+        }
+    }
+}
+
+/// How much of a batch a part of it is. Each term of the loss is a mean, over predictions, tokens or sequences; a part's
+/// mean counts as much as it has of these, so that the losses of a batch's parts sum to the loss of the batch, and their
+/// gradients to its gradient.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Share {
+    sequences: f32,
+    predictions: f32,
+    tokens: f32,
+}
+
+impl Share {
+    /// All of it.
+    pub const WHOLE: Share = Share { sequences: 1.0, predictions: 1.0, tokens: 1.0 };
+    /// Nothing of it: a loss of 0, with gradients of 0.
+    pub const NOTHING: Share = Share { sequences: 0.0, predictions: 0.0, tokens: 0.0 };
+
+    /// The share that `part` has of `whole`, each with its tokens and its targets.
+    pub fn new(part: (&Tokens, &Targets), whole: (&Tokens, &Targets), taught: bool) -> Share {
+        let share = |part: usize, whole: usize| part as f32 / whole.max(1) as f32;
+        Share {
+            sequences: share(part.0.batch, whole.0.batch),
+            predictions: share(part.1.predictions(taught), whole.1.predictions(taught)),
+            tokens: share(part.0.unpadded(), whole.0.unpadded()),
+        }
+    }
+}
+
 /// A loss with its unweighted terms, on the model's device.
 pub struct Loss {
     /// The weighted sum, to differentiate.
@@ -66,15 +107,43 @@ pub struct Loss {
 }
 
 impl Loss {
+    /// The values, to be summed over the parts of a batch.
+    pub fn sums(self) -> Sums {
+        Sums { total: self.total.value().clone(), rest: [self.hard, self.soft, self.feature] }
+    }
+
+    /// The values. Waits for a GPU.
+    pub fn terms(self) -> Terms {
+        self.sums().terms()
+    }
+}
+
+/// Values of a loss and of its terms on a device.
+pub struct Sums {
+    total: Tensor,
+    rest: [Option<Tensor>; 3],
+}
+
+impl Sums {
+    /// The weighted sum of the terms.
+    pub fn total(&self) -> &Tensor {
+        &self.total
+    }
+
+    /// Every value there is.
+    pub fn values(&mut self) -> impl Iterator<Item = &mut Tensor> {
+        std::iter::once(&mut self.total).chain(self.rest.iter_mut().flatten())
+    }
+
+    /// Adds those of another part of the batch.
+    pub fn add(&mut self, mut other: Sums) {
+        self.values().zip(other.values()).for_each(|(sum, x)| accumulate(sum, x));
+    }
+
     /// The values. Waits for a GPU.
     pub fn terms(&self) -> Terms {
-        let value = |term: &Option<Tensor>| term.as_ref().map_or(0.0, Tensor::item);
-        Terms {
-            total: self.total.value().item(),
-            hard: value(&self.hard),
-            soft: value(&self.soft),
-            feature: value(&self.feature),
-        }
+        let [hard, soft, feature] = [0, 1, 2].map(|i| self.rest[i].as_ref().map_or(0.0, Tensor::item));
+        Terms { total: self.total.item(), hard, soft, feature }
     }
 }
 
@@ -167,8 +236,8 @@ pub fn argmax(row: &[f32]) -> usize {
     best
 }
 
-/// The loss of `student` on a batch. Without a teacher only the hard term counts. Padded positions count
-/// in no term. `tokens` are those whose positions the outputs have.
+/// The loss of `student` on what is `share` of a batch. Without a teacher only the hard term counts. Padded positions
+/// count in no term. `tokens` are those whose positions the outputs have.
 pub fn loss(
     tape: &Tape,
     mix: &Mix,
@@ -176,6 +245,7 @@ pub fn loss(
     teacher: Option<&Output>,
     targets: &Targets,
     tokens: &Tokens,
+    share: Share,
 ) -> Loss {
     let quiet = Tape::inference();
     let teacher_predictions: Option<Vec<Tensor>> = teacher.map(|t| {
@@ -188,7 +258,10 @@ pub fn loss(
     let mut weighted = Vec::new();
     let [mut hard_term, mut soft_term, mut feature_term] = [const { None }; 3];
     if mix.alpha != 0.0 || teacher.is_none() {
-        let hard = hard_loss(tape, &student.logits, targets, tokens);
+        let mut hard = hard_loss(tape, &student.logits, targets, tokens);
+        if share != Share::WHOLE {
+            hard = weighted_sum(tape, &[(share.predictions, hard)]);
+        }
         hard_term = Some(hard.value().clone());
         weighted.push((mix.alpha, hard));
     }
@@ -199,7 +272,7 @@ pub fn loss(
                 Targets::Tokens(l) => Some(Flags::from(l.iter().map(|&l| l >= 0).collect::<Vec<bool>>())),
                 _ => None,
             };
-            let each = 1.0 / mine.len() as f32;
+            let each = share.predictions / mine.len() as f32;
             let parts: Vec<(f32, Var)> = mine
                 .iter()
                 .zip(&logits)
@@ -217,7 +290,7 @@ pub fn loss(
             weighted.push((mix.beta, soft));
         }
         if mix.gamma != 0.0 {
-            let feature = feature_loss(tape, student, teacher, tokens);
+            let feature = feature_loss(tape, student, teacher, tokens, share);
             feature_term = Some(feature.value().clone());
             weighted.push((mix.gamma, feature));
         }
@@ -227,8 +300,10 @@ pub fn loss(
 }
 
 /// Sum over tapped features of their mean squared error, plus that of the final projection.
-fn feature_loss(tape: &Tape, student: &Output, teacher: &Output, tokens: &Tokens) -> Var {
+fn feature_loss(tape: &Tape, student: &Output, teacher: &Output, tokens: &Tokens, share: Share) -> Var {
     let mut parts = Vec::new();
+    // Features of each token of `tokens`, or of each sequence.
+    let weight = |rows: usize| if rows == tokens.ids.len() { share.tokens } else { share.sequences };
     let mask = tokens.mask.as_deref().map(Flags::from);
     for (name, mine) in &student.taps {
         // Embeddings are not a block, and the last hidden states are the last block's output normalised.
@@ -238,11 +313,11 @@ fn feature_loss(tape: &Tape, student: &Output, teacher: &Output, tokens: &Tokens
         let theirs = teacher.taps[name].value();
         // Positions of a decoder's target and of its source differ; each has its own mask.
         let mask = mask.as_ref().filter(|m| m.len() == theirs.rows());
-        parts.push((1.0, mse(tape, mine, theirs, mask)));
+        parts.push((weight(theirs.rows()), mse(tape, mine, theirs, mask)));
     }
     let (mine, theirs) = (&student.logits, teacher.logits.value());
     let mask = mask.as_ref().filter(|m| m.len() == theirs.rows());
-    parts.push((1.0, mse(tape, mine, theirs, mask)));
+    parts.push((weight(theirs.rows()), mse(tape, mine, theirs, mask)));
     weighted_sum(tape, &parts)
 }
 
@@ -275,28 +350,39 @@ mod tests {
         let teacher = output(&quiet, vec![2.0, 0.0, 2.0, 0.0], &[2, 2], 3.0);
         let mix = Mix { alpha: 1.0, beta: 10.0, gamma: 1.0, temperature: 2.0, attention_features: false };
         // The second label is missing, so the teacher's argmax, class 0, stands in.
-        let l = loss(&tape, &mix, &student, Some(&teacher), &Targets::Classes(vec![1, -100]), &tokens());
+        let l = loss(
+            &tape,
+            &mix,
+            &student,
+            Some(&teacher),
+            &Targets::Classes(vec![1, -100]),
+            &tokens(),
+            Share::WHOLE,
+        );
         let hard = (2f64.ln() + (1.0 + (-2f64).exp()).ln()) / 2.0;
         // First row: p = softmax(1, 0), q = (1/2, 1/2); second row: equal.
         let p = 1.0 / (1.0 + (-1f64).exp());
         let soft = (p * (p / 0.5).ln() + (1.0 - p) * ((1.0 - p) / 0.5).ln()) / 2.0;
         // Block: (1 - 3)^2 on unpadded rows; logits: one of four differs by 2.
         let feature = 4.0 + 1.0;
-        for (got, want) in [(l.terms().hard, hard), (l.terms().soft, soft), (l.terms().feature, feature)] {
-            assert!((got as f64 - want).abs() < 1e-6, "{got} {want}");
-        }
         let total = hard + 10.0 * soft + feature;
         assert!((l.total.value().item() as f64 - total).abs() < 1e-5);
         assert!(tape.backward(&l.total).take(&student.logits).is_some());
+        let terms = l.terms();
+        for (got, want) in [(terms.hard, hard), (terms.soft, soft), (terms.feature, feature)] {
+            assert!((got as f64 - want).abs() < 1e-6, "{got} {want}");
+        }
     }
 
     #[test]
     fn without_a_teacher_only_labels_count() {
         let tape = Tape::recording();
         let student = output(&tape, vec![1.0, 0.0, 0.0, 1.0], &[2, 2], 0.0);
-        let l = loss(&tape, &Mix::HARD, &student, None, &Targets::Classes(vec![0, 1]), &tokens());
-        assert_eq!((l.terms().soft, l.terms().feature), (0.0, 0.0));
-        assert_eq!(l.terms().total, l.terms().hard);
+        let l =
+            loss(&tape, &Mix::HARD, &student, None, &Targets::Classes(vec![0, 1]), &tokens(), Share::WHOLE);
+        let terms = l.terms();
+        assert_eq!((terms.soft, terms.feature), (0.0, 0.0));
+        assert_eq!(terms.total, terms.hard);
     }
 
     #[test]
@@ -315,7 +401,7 @@ mod tests {
             let tokens = Tokens { batch: 1, length, ids: vec![0; length], types: vec![], mask };
             let targets = Targets::Spans { start: vec![0], end: vec![1] };
             let mix = Mix { alpha: 1.0, beta: 1.0, gamma: 0.0, temperature: 2.0, attention_features: false };
-            loss(&tape, &mix, &student, Some(&teacher), &targets, &tokens).terms()
+            loss(&tape, &mix, &student, Some(&teacher), &targets, &tokens, Share::WHOLE).terms()
         };
         let (alone, padded) = (of(2, None, 0.0), of(3, Some(vec![true, true, false]), 7.0));
         assert!(
@@ -323,6 +409,57 @@ mod tests {
             "{alone:?} {padded:?}"
         );
         assert!(alone.soft > 0.0);
+    }
+
+    /// Three sequences of different lengths, cut into two and one: each term is the sum of the parts' terms.
+    #[test]
+    fn losses_of_parts_sum_to_the_loss_of_the_batch() {
+        let (length, lengths) = (4, [4, 2, 3]);
+        let noise =
+            |seed: usize, n: usize| (0..n).map(move |i| ((i * 37 + seed * 11) % 17) as f32 / 7.0 - 1.0);
+        let terms = |range: std::ops::Range<usize>, targets: &Targets, width: usize, share: Share| {
+            let output = |tape: &Tape, seed: usize| {
+                let per = if width == 2 { 2 } else { length * 2 };
+                let cut = |n: usize, s: usize| {
+                    noise(s, 3 * n).skip(range.start * n).take(range.len() * n).collect::<Vec<f32>>()
+                };
+                let logits = tape.leaf(Tensor::from_f32(cut(per, seed), &[range.len() * per / 2, 2]));
+                let block = Tensor::from_f32(cut(length * 3, seed + 5), &[range.len() * length, 3]);
+                Output { logits, taps: [("encoder.0".to_string(), tape.leaf(block))].into() }
+            };
+            let tape = Tape::recording();
+            let (student, teacher) = (output(&tape, 1), output(&Tape::inference(), 2));
+            let mix = Mix { alpha: 1.0, beta: 10.0, gamma: 1.0, temperature: 2.0, attention_features: false };
+            let tokens = tokens_of(&lengths[range.clone()], length);
+            loss(&tape, &mix, &student, Some(&teacher), targets, &tokens, share).terms()
+        };
+        let classes = [0, -100, 1];
+        let spans = [[1, 0, 2], [3, 1, 2]];
+        let of = |span: bool, r: std::ops::Range<usize>| match span {
+            false => Targets::Classes(classes[r].to_vec()),
+            true => Targets::Spans { start: spans[0][r.clone()].to_vec(), end: spans[1][r].to_vec() },
+        };
+        for span in [false, true] {
+            let width = if span { 8 } else { 2 };
+            let all = (&tokens_of(&lengths, length), &of(span, 0..3));
+            let whole = terms(0..3, all.1, width, Share::WHOLE);
+            let mut sum = [0.0; 4];
+            for r in [0..2, 2..3] {
+                let targets = of(span, r.clone());
+                let share = Share::new((&tokens_of(&lengths[r.clone()], length), &targets), all, true);
+                let t = terms(r, &targets, width, share);
+                sum.iter_mut().zip([t.total, t.hard, t.soft, t.feature]).for_each(|(s, t)| *s += t);
+            }
+            for (got, want) in sum.iter().zip([whole.total, whole.hard, whole.soft, whole.feature]) {
+                assert!((got - want).abs() < 1e-5 * want.abs().max(1.0), "{sum:?} {whole:?}");
+            }
+        }
+    }
+
+    fn tokens_of(lengths: &[usize], length: usize) -> Tokens {
+        let mask = lengths.iter().flat_map(|&n| (0..length).map(move |i| i < n)).collect();
+        let batch = lengths.len();
+        Tokens { batch, length, ids: vec![0; batch * length], types: vec![], mask: Some(mask) }
     }
 
     #[test]

@@ -21,6 +21,13 @@ pub struct Tokens {
     pub mask: Option<Vec<bool>>,
 }
 
+impl Tokens {
+    /// Tokens that are no padding.
+    pub fn unpadded(&self) -> usize {
+        self.mask.as_ref().map_or(self.ids.len(), |m| m.iter().filter(|&&m| m).count())
+    }
+}
+
 /// Model inputs: the encoder's (or a decoder-only model's) tokens, and a target's for encoder-decoders.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Inputs {

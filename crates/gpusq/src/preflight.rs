@@ -37,7 +37,7 @@ pub struct Preflight {
     pub longest: usize,
     /// Where and in what it will be trained: `CPU, f32`, or a GPU with its name.
     pub device: String,
-    /// Bytes of that device's memory that training will need, estimated.
+    /// Bytes of memory that training will need on each device, estimated.
     pub memory: u64,
     /// Bytes of disk the output will need.
     pub disk: u64,
@@ -45,7 +45,7 @@ pub struct Preflight {
     pub warnings: Vec<String>,
 }
 
-/// Checks that `model` can be trained on `train` as each of `fits` says, under a teacher or not, for
+/// Checks that `model` can be trained on `train` as each of `fits` says by `devices` devices, under a teacher or not, for
 /// `stages` stages as `compute` says into `out`; `compresses` says that they compress.
 ///
 /// # Errors
@@ -58,6 +58,7 @@ pub fn preflight(
     train: &Dataset,
     dev: &Dataset,
     fits: &[&config::Fit],
+    devices: usize,
     teacher: bool,
     stages: u64,
     compresses: bool,
@@ -87,14 +88,16 @@ pub fn preflight(
         }
     }
     let longest = train.examples.iter().chain(&dev.examples).map(|e| e.ids.len()).max().unwrap_or(0);
+    let at_a_time = |fit: &config::Fit| fit.at_a_time(train.examples.len(), devices);
     let step = |fit: &&config::Fit| Step {
         length: longest,
         teacher,
         quantises: compresses,
         recomputes: fit.gradient_checkpointing,
+        accumulates: at_a_time(fit).1,
         compute,
     };
-    let needs = |fit: &&config::Fit| step(fit).bytes(spec, fit.batch_size.min(train.examples.len().max(1)));
+    let needs = |fit: &&config::Fit| step(fit).bytes(spec, at_a_time(fit).0);
     let most = fits.iter().max_by_key(|fit| needs(fit)).expect("a run trains");
     let memory = needs(most);
     // f32 weights of each stage, and the state (weights and two moments) of the one being trained.

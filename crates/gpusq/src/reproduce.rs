@@ -239,6 +239,7 @@ impl Reproduction<'_> {
             base.train,
             base.dev,
             &fits,
+            1,
             true,
             stages,
             true,

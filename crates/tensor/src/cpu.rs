@@ -203,7 +203,8 @@ pub(crate) fn erf(x: f32) -> f32 {
 }
 
 /// A counter-based generator (two rounds of the 32-bit Murmur finaliser): 32 random bits for `index`
-/// under `key`. Needs no state, so that any element of a dropout mask can be made again in backward.
+/// under `key`. Needs no state, so that any element of a dropout mask can be made again in backward. Adding
+/// [`ahead`] of `n` to the key counts from index `n` on.
 #[inline(always)]
 pub(crate) fn random(key: u64, index: u32) -> u32 {
     #[inline(always)]
@@ -214,7 +215,16 @@ pub(crate) fn random(key: u64, index: u32) -> u32 {
         h = h.wrapping_mul(0xC2B2_AE35);
         h ^ (h >> 16)
     }
-    mix(mix(index.wrapping_mul(0x9E37_79B9) ^ key as u32).wrapping_add((key >> 32) as u32))
+    mix(mix(index.wrapping_mul(STRIDE).wrapping_add(key as u32)).wrapping_add((key >> 32) as u32))
+}
+
+/// What neighbouring indices of [`random`] are apart.
+const STRIDE: u32 = 0x9E37_79B9;
+
+/// The key under which [`random`] gives for `index` what `key` gives for `index + n`.
+pub(crate) fn ahead(key: u64, n: u64) -> u64 {
+    let low = (key as u32).wrapping_add((n as u32).wrapping_mul(STRIDE));
+    key >> 32 << 32 | u64::from(low)
 }
 
 #[cfg(test)]
@@ -260,5 +270,12 @@ mod tests {
         assert!((mean - 0.5).abs() < 5e-3, "{mean}");
         let same = (0..n).filter(|&i| random(7, i) == random(8, i)).count();
         assert!(same < 5, "{same}");
+        let key = 0xDEAD_BEEF_FFFF_FF00;
+        for n in [0, 1, 77, 5_000_000_000] {
+            assert!(
+                (0..n.min(1000) as u32)
+                    .all(|i| random(ahead(key, n), i) == random(key, i.wrapping_add(n as u32)))
+            );
+        }
     }
 }

@@ -16,5 +16,5 @@ pub mod ops;
 pub use flags::Flags;
 pub use half::{bf16, f16};
 pub use optim::{AdamW, Moments, Slot, Update, normal};
-pub use tape::{Grads, Tape, Var};
+pub use tape::{Grads, Part, Tape, Var};
 pub use tensor::{DType, Device, Tensor};

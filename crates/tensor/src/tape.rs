@@ -6,6 +6,7 @@
 
 use std::cell::{Cell, RefCell};
 
+use crate::cpu::ahead;
 use crate::ops::add;
 use crate::{Device, Tensor};
 
@@ -106,6 +107,34 @@ pub struct Tape {
     /// Dropout key; `None` switches dropout off.
     seed: Option<u64>,
     draws: Cell<u32>,
+    part: Part,
+}
+
+/// Which sequences of a batch are computed: a batch that does not fit a device, or that several share, is computed in
+/// parts, and nothing random and no step size's gradient may depend on how it was cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// The first of them.
+    pub first: usize,
+    /// How many.
+    pub count: usize,
+    /// How many the whole batch has.
+    pub of: usize,
+}
+
+impl Part {
+    /// The whole batch.
+    pub const WHOLE: Part = Part { first: 0, count: 1, of: 1 };
+
+    /// Elements before this part's in a whole batch's tensor, whose part has `elements`.
+    pub(crate) fn before(self, elements: usize) -> u64 {
+        (elements / self.count) as u64 * self.first as u64
+    }
+
+    /// Elements of a whole batch's tensor whose part has `elements`.
+    pub(crate) fn all(self, elements: usize) -> usize {
+        elements / self.count * self.of
+    }
 }
 
 impl Tape {
@@ -118,12 +147,24 @@ impl Tape {
             recomputes: false,
             seed: None,
             draws: Cell::new(0),
+            part: Part::WHOLE,
         }
     }
 
     /// A tape that records, with dropout drawn from `seed`: the same seed gives the same masks.
     pub fn training(seed: u64) -> Self {
         Tape { seed: Some(seed), ..Self::recording() }
+    }
+
+    /// The same for a part of a batch: together the parts get the masks and the step sizes' gradients of the whole.
+    pub fn of_part(self, part: Part) -> Self {
+        assert!(part.count > 0, "a part without sequences");
+        Tape { part, ..self }
+    }
+
+    /// Which part of a batch this tape computes.
+    pub(crate) fn part(&self) -> Part {
+        self.part
     }
 
     /// A tape that records nothing: no gradients, no dropout, no kept activations.
@@ -148,14 +189,14 @@ impl Tape {
         if !self.recomputes() {
             return f(self, x);
         }
-        let (seed, first) = (self.seed, self.draws.get());
-        let quiet = Tape { recording: false, seed, draws: Cell::new(first), ..Tape::recording() };
+        let (seed, first, part) = (self.seed, self.draws.get(), self.part);
+        let quiet = Tape { recording: false, seed, draws: Cell::new(first), part, ..Tape::recording() };
         let value = f(&quiet, x).value;
         self.draws.set(quiet.draws.get());
         let x = x.clone();
         let backward = move |grad: &Tensor, grads: &mut Grads| {
             let outer = grads.slots.len();
-            let again = Tape { base: outer, seed, draws: Cell::new(first), ..Tape::recording() };
+            let again = Tape { base: outer, seed, draws: Cell::new(first), part, ..Tape::recording() };
             let y = f(&again, &x);
             let mut nodes = again.nodes.into_inner();
             grads.slots.resize(outer + nodes.len(), None);
@@ -179,11 +220,15 @@ impl Tape {
         Var { value, node: None }
     }
 
-    /// The key for the next dropout, if this tape drops.
-    pub(crate) fn next_draw(&self) -> Option<u64> {
+    /// The key for the next dropout, of a tensor with `elements`, if this tape drops.
+    pub(crate) fn next_draw(&self, elements: usize) -> Option<u64> {
         let seed = self.seed?;
         let n = self.draws.replace(self.draws.get() + 1);
-        Some(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add((n as u64) << 1 | 1))
+        // SplitMix64's finaliser: keys that differ little would give one sequence from different indices on.
+        let z = seed.wrapping_add(u64::from(n) + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        let z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        Some(ahead(z ^ (z >> 31), self.part.before(elements)))
     }
 
     /// Whether an operation on `inputs` will be differentiated, so that it must keep what its backward needs.

@@ -160,7 +160,8 @@ mod tests {
         let (a, m) = (scales(&row, Method::Absmax), scales(&row, Method::Mse));
         let (ea, em) = (relative_error(&row, &a), relative_error(&row, &m));
         assert!(em <= ea, "{em} {ea}");
-        let mut heavy = row.clone();
+        // So many that finer steps for them outweigh what clipping the outlier costs.
+        let mut heavy = gpusq_tensor::normal(&[1, 8192], 1.0, 3);
         heavy.f32_mut()[7] = 12.0;
         let (a, m) = (scales(&heavy, Method::Absmax), scales(&heavy, Method::Mse));
         assert!(relative_error(&heavy, &m) < 0.99 * relative_error(&heavy, &a));

@@ -1,6 +1,10 @@
-//! Examples become padded batches, in an order that depends on seed and epoch alone.
+//! Examples become padded batches, in an order that depends on seed and epoch alone, and batches parts.
 
-use crate::distill::Targets;
+use std::ops::Range;
+
+use gpusq_tensor::Part;
+
+use crate::distill::{Share, Targets};
 use crate::forward::{Inputs, Tokens};
 use crate::task::{Example, HeadKind, Target};
 
@@ -11,6 +15,70 @@ pub struct Batch {
     pub inputs: Inputs,
     /// What the outputs should be.
     pub targets: Targets,
+}
+
+/// A part of a batch that is computed at once (the whole, where it fits).
+#[derive(Clone, Debug, PartialEq)]
+pub struct MicroBatch {
+    /// Its sequences, padded as those of the batch are.
+    pub batch: Batch,
+    /// Which they are.
+    pub part: Part,
+    /// How much of the loss is theirs.
+    pub share: Share,
+}
+
+impl From<Batch> for MicroBatch {
+    fn from(batch: Batch) -> Self {
+        MicroBatch { batch, part: Part::WHOLE, share: Share::WHOLE }
+    }
+}
+
+/// `0..n` in `parts` ranges, each as long as the next or longer by one.
+fn cut(n: usize, parts: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..parts).map(move |i| i * n / parts..(i + 1) * n / parts)
+}
+
+impl Batch {
+    /// What process `rank` of `size` computes of the batch, at most `most` sequences at a time; `taught` says whether
+    /// there is a teacher. The losses of all parts sum to that of the batch, and so do the gradients.
+    pub fn parts(&self, rank: usize, size: usize, most: usize, taught: bool) -> Vec<MicroBatch> {
+        let own = cut(self.inputs.tokens.batch, size).nth(rank).expect("a rank is below the number of ranks");
+        if own.is_empty() {
+            // Fewer sequences than processes. All have the same work to agree on, and so this one's counts nothing.
+            return vec![MicroBatch { share: Share::NOTHING, ..self.part(0..1, taught) }];
+        }
+        let pieces = cut(own.len(), own.len().div_ceil(most.max(1)));
+        pieces.map(|r| self.part(own.start + r.start..own.start + r.end, taught)).collect()
+    }
+
+    /// Sequences `range`.
+    fn part(&self, range: Range<usize>, taught: bool) -> MicroBatch {
+        let whole = &self.inputs.tokens;
+        let part = Part { first: range.start, count: range.len(), of: whole.batch };
+        if range.len() == whole.batch {
+            return MicroBatch { part, ..self.clone().into() };
+        }
+        let rows = |width: usize| range.start * width..range.end * width;
+        let tokens = |t: &Tokens| Tokens {
+            batch: range.len(),
+            length: t.length,
+            ids: t.ids[rows(t.length)].to_vec(),
+            types: if t.types.is_empty() { Vec::new() } else { t.types[rows(t.length)].to_vec() },
+            mask: t.mask.as_ref().map(|m| m[rows(t.length)].to_vec()).filter(|m| m.iter().any(|m| !m)),
+        };
+        let targets = match &self.targets {
+            Targets::Classes(l) => Targets::Classes(l[range.clone()].to_vec()),
+            Targets::Values(v) => Targets::Values(v[range.clone()].to_vec()),
+            Targets::Spans { start, end } => {
+                Targets::Spans { start: start[range.clone()].to_vec(), end: end[range.clone()].to_vec() }
+            }
+            Targets::Tokens(l) => Targets::Tokens(l[rows(l.len() / whole.batch)].to_vec()),
+        };
+        let inputs = Inputs { tokens: tokens(whole), target: self.inputs.target.as_ref().map(tokens) };
+        let share = Share::new((&inputs.tokens, &targets), (whole, &self.targets), taught);
+        MicroBatch { batch: Batch { inputs, targets }, part, share }
+    }
 }
 
 /// Pads the examples `which` of `examples` to the longest among them with `pad`.
@@ -115,6 +183,39 @@ mod tests {
         assert_eq!(seen, (0..103).collect::<Vec<_>>());
         assert_eq!(a, shuffled(&e, 4, 1, 0));
         assert!(a != shuffled(&e, 4, 1, 1) && a != shuffled(&e, 4, 2, 0));
+    }
+
+    #[test]
+    fn parts_are_the_batch_cut_and_their_shares_sum_to_it() {
+        let e = examples(13);
+        let which: Vec<usize> = (0..11).collect();
+        let whole = collate(&e, &which, HeadKind::Classes(2), 9);
+        assert_eq!(
+            whole.parts(0, 1, 100, true),
+            [MicroBatch { part: Part { first: 0, count: 11, of: 11 }, ..whole.clone().into() }]
+        );
+        for (size, most) in [(1, 1), (1, 4), (2, 100), (3, 2), (4, 3), (11, 1)] {
+            let parts: Vec<MicroBatch> = (0..size).flat_map(|r| whole.parts(r, size, most, true)).collect();
+            assert!(
+                parts.iter().all(|p| p.part.count <= most && p.part.count == p.batch.inputs.tokens.batch)
+            );
+            let firsts: Vec<usize> = parts.iter().map(|p| p.part.first).collect();
+            let ends = parts.iter().map(|p| p.part.first + p.part.count);
+            assert_eq!(firsts, std::iter::once(0).chain(ends).take(parts.len()).collect::<Vec<_>>());
+            let ids: Vec<u32> = parts.iter().flat_map(|p| p.batch.inputs.tokens.ids.clone()).collect();
+            assert_eq!(ids, whole.inputs.tokens.ids);
+            let labels = parts.iter().map(|p| match &p.batch.targets {
+                Targets::Classes(l) => l.clone(),
+                _ => unreachable!(),
+            });
+            assert_eq!(Targets::Classes(labels.flatten().collect()), whole.targets);
+        }
+        // Beyond the batch's sequences there is nothing to do, and it counts nothing.
+        let idle = whole.parts(0, 12, 4, true);
+        assert!(idle.len() == 1 && idle[0].share == Share::NOTHING);
+        // Padding of the batch is none of a part that has the longest alone.
+        let long = whole.parts(6, 11, 1, true);
+        assert!(whole.inputs.tokens.mask.is_some() && long[0].batch.inputs.tokens.mask.is_none());
     }
 
     #[test]

@@ -3,16 +3,17 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
+use gpusq_tensor::ops::add::accumulate;
 use gpusq_tensor::ops::masked::MaskGradient;
 use gpusq_tensor::{AdamW, Device, Moments, Slot, Tape, Tensor, Update};
 use serde::{Deserialize, Serialize};
 
-use super::batch::{Batch, collate, shuffled};
+use super::batch::{Batch, MicroBatch, collate, shuffled};
 use super::memory::Step;
 use super::state::{SCALE, State};
 use crate::arch::{self, Layout};
 use crate::config::{self, Schedule};
-use crate::distill::{Mix, Terms, loss};
+use crate::distill::{Mix, Sums, Terms, loss};
 use crate::forward::{Bound, Compute, forward};
 use crate::model::Model;
 use crate::params::Weight;
@@ -96,6 +97,9 @@ pub struct Report {
     pub curve: Vec<Point>,
 }
 
+/// Gradients by weight's name, each with that of its step sizes if it has some.
+type Gradients = BTreeMap<String, (Tensor, Option<Tensor>)>;
+
 /// Decay of the running loss.
 const RUNNING: f64 = 0.98;
 
@@ -155,8 +159,9 @@ impl<'a> Stepper<'a> {
         Ok(Stepper { how, spec, frozen, quiet, teacher, gradient })
     }
 
-    /// Step number `step` (from 0) on `batch` at learning rate `lr`: teacher and student forward, loss,
-    /// backward, clipping, AdamW. The student's weights and moments are on the recipe's device.
+    /// Step number `step` (from 0) at learning rate `lr` on a batch, given as the parts in which it is computed: teacher
+    /// and student forward, loss, backward of each, clipping, AdamW. The student's weights and moments are on the
+    /// recipe's device.
     ///
     /// # Errors
     /// A loss or gradient that is not finite, and the weights are untouched then; what the GPU meets.
@@ -164,25 +169,28 @@ impl<'a> Stepper<'a> {
         &self,
         student: &mut Model,
         moments: &mut BTreeMap<String, Moments>,
-        batch: &Batch,
+        parts: &[MicroBatch],
         step: usize,
         lr: f64,
     ) -> Result<Terms> {
-        let (how, o, tokens) = (self.how, self.how.optimizer, &batch.inputs.tokens);
-        let taps = how.mix.taps();
-        let taught = self
-            .teacher
-            .as_ref()
-            .map(|(t, bound)| forward(&self.quiet, &t.spec, bound, t.attention, &batch.inputs, taps));
-        let seed = how.seed ^ (step as u64 + 1).wrapping_mul(0xA076_1D64_78BD_642F);
-        let tape = Tape::training(seed).recomputing(o.gradient_checkpointing);
-        let bound = Bound::new(&tape, &student.params, self.gradient, how.compute);
-        let out = forward(&tape, &self.spec, &bound, student.attention, &batch.inputs, taps);
-        let l = loss(&tape, &how.mix, &out, taught.as_ref(), &batch.targets, tokens);
-        let mut grads = tape.backward(&l.total);
-        let gradients = bound.gradients(&mut grads);
-        // Weights are updated in place once nothing else holds them.
-        drop((bound, out, grads));
+        let (how, o) = (self.how, self.how.optimizer);
+        let mut summed: Option<(Sums, Gradients)> = None;
+        for part in parts {
+            let (sums, gradients) = self.differentiate(student, part, step);
+            match &mut summed {
+                None => summed = Some((sums, gradients)),
+                Some((all, sum)) => {
+                    all.add(sums);
+                    for ((sum, sum_scale), (g, scale)) in sum.values_mut().zip(gradients.values()) {
+                        accumulate(sum, g);
+                        if let (Some(sum), Some(g)) = (sum_scale, scale) {
+                            accumulate(sum, g);
+                        }
+                    }
+                }
+            }
+        }
+        let (losses, gradients) = summed.expect("a batch has parts");
         let adam = AdamW {
             learning_rate: lr as f32,
             beta1: o.beta1 as f32,
@@ -192,8 +200,8 @@ impl<'a> Stepper<'a> {
             max_norm: o.max_grad_norm.map(|max| max as f32),
         };
         let mut slots = self.slots(student, moments, &gradients, lr);
-        let norm = adam.step(l.total.value(), &mut slots).item();
-        let terms = l.terms();
+        let norm = adam.step(losses.total(), &mut slots).item();
+        let terms = losses.terms();
         how.compute.device.check()?;
         if terms.total.is_finite() && norm.is_finite() {
             return Ok(terms);
@@ -221,12 +229,30 @@ impl<'a> Stepper<'a> {
         )))
     }
 
+    /// Loss and gradients of `part` of the batch of step `step`.
+    fn differentiate(&self, student: &Model, part: &MicroBatch, step: usize) -> (Sums, Gradients) {
+        let (how, Batch { inputs, targets }) = (self.how, &part.batch);
+        let taps = how.mix.taps();
+        let taught = self
+            .teacher
+            .as_ref()
+            .map(|(t, bound)| forward(&self.quiet, &t.spec, bound, t.attention, inputs, taps));
+        let seed = how.seed ^ (step as u64 + 1).wrapping_mul(0xA076_1D64_78BD_642F);
+        let tape = Tape::training(seed).of_part(part.part).recomputing(how.optimizer.gradient_checkpointing);
+        let bound = Bound::new(&tape, &student.params, self.gradient, how.compute);
+        let out = forward(&tape, &self.spec, &bound, student.attention, inputs, taps);
+        let l = loss(&tape, &how.mix, &out, taught.as_ref(), targets, &inputs.tokens, part.share);
+        let mut grads = tape.backward(&l.total);
+        // Weights are updated in place once nothing else holds them, and `bound` ends here.
+        (l.sums(), bound.gradients(&mut grads))
+    }
+
     /// Every tensor that is trained, with its gradient and moments; these start at 0.
     fn slots<'s>(
         &self,
         student: &'s mut Model,
         moments: &'s mut BTreeMap<String, Moments>,
-        gradients: &'s BTreeMap<String, (Tensor, Option<Tensor>)>,
+        gradients: &'s Gradients,
         lr: f64,
     ) -> Vec<Slot<'s>> {
         let trained = || gradients.iter().filter(|(name, _)| !self.frozen.contains(*name));
@@ -292,11 +318,12 @@ pub fn fit(
         *m = m.to(how.compute.device);
     }
     let quantises = student.params.iter().any(|(_, w)| matches!(w, Weight::Fake { .. }));
-    let needs = |batch: &Batch| Step {
+    let needs = |batch: &Batch, accumulates: bool| Step {
         length: batch.inputs.tokens.length,
         teacher: how.teacher.is_some(),
         quantises,
         recomputes: o.gradient_checkpointing,
+        accumulates,
         compute: how.compute,
     };
     let mut order: (usize, Vec<Vec<usize>>) = (usize::MAX, Vec::new());
@@ -308,8 +335,10 @@ pub fn fit(
         }
         let batch = collate(&data.examples, &order.1[step % per_epoch], data.head, how.pad);
         let lr = learning_rate(o, step, steps);
-        let done = stepper.step(student, &mut state.moments, &batch, step, lr);
-        let terms = needs(&batch).explain(&stepper.spec, order.1[step % per_epoch].len(), done)?;
+        let parts = batch.parts(0, 1, o.micro_batch_size.unwrap_or(usize::MAX), how.teacher.is_some());
+        let most = parts.iter().map(|p| p.part.count).max().unwrap_or(0);
+        let done = stepper.step(student, &mut state.moments, &parts, step, lr);
+        let terms = needs(&batch, parts.len() > 1).explain(&stepper.spec, most, done)?;
         let p = &mut state.progress;
         p.step = step + 1;
         // No step is a multiple of 0, which stands for never.
@@ -325,9 +354,8 @@ pub fn fit(
             p.curve.push(Point { step: p.step, terms: mean(&p.recent), learning_rate: lr });
             p.recent.clear();
         }
-        let tokens = &batch.inputs.tokens;
-        let real = tokens.mask.as_ref().map_or(tokens.ids.len(), |m| m.iter().filter(|&&m| m).count());
-        watch(Event::Step { step: p.step, steps, terms, learning_rate: lr, tokens: real });
+        let tokens = batch.inputs.tokens.unpadded();
+        watch(Event::Step { step: p.step, steps, terms, learning_rate: lr, tokens });
         if p.stopped {
             watch(Event::Stopped { step: p.step, running });
         }

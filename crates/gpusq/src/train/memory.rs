@@ -18,14 +18,16 @@ pub struct Step {
     pub quantises: bool,
     /// Whether blocks keep their input only, and are computed again.
     pub recomputes: bool,
+    /// Whether a batch is computed in parts, so that a sum of gradients is kept beside them.
+    pub accumulates: bool,
     /// Where and in what it computes.
     pub compute: Compute,
 }
 
 impl Step {
-    /// Bytes of memory that a step of `batch` inputs needs, estimated.
+    /// Bytes of memory that a step needs which computes `batch` inputs at a time, estimated.
     pub fn bytes(&self, spec: &TransformerSpec, batch: usize) -> u64 {
-        let Step { length, teacher, quantises, recomputes, compute } = *self;
+        let Step { length, teacher, quantises, recomputes, accumulates, compute } = *self;
         let parameters = spec.weights().iter().map(|(_, s)| s.iter().product::<usize>()).sum::<usize>();
         let tokens = batch * length;
         let bytes = if compute.element == DType::Bf16 {
@@ -60,7 +62,7 @@ impl Step {
             let logits = 4 * tokens * spec.embed_width;
             4 * (parameters * copies + activations + logits)
         };
-        bytes as u64
+        (bytes + if accumulates { 4 * parameters } else { 0 }) as u64
     }
 
     /// The largest batch whose step needs at most `have` bytes; 0 if none does.
@@ -93,11 +95,15 @@ impl Step {
                 self.length
             ),
             n if recomputing > n => format!(
-                "a batch_size of about {n} fits at {} tokens, of {recomputing} with gradient_checkpointing; or lower \
-                 max_length",
+                "about {n} inputs of {} tokens fit at a time, {recomputing} with gradient_checkpointing: set \
+                 micro_batch_size to that, and the batch is computed in parts; or lower max_length",
                 self.length
             ),
-            n => format!("a batch_size of about {n} fits at {} tokens; or lower max_length", self.length),
+            n => format!(
+                "about {n} inputs of {} tokens fit at a time: set micro_batch_size to that, and the batch is computed \
+                 in parts; or lower max_length",
+                self.length
+            ),
         }
     }
 
@@ -147,7 +153,14 @@ mod tests {
         for (batch, quantises, gib) in
             [(32, false, 6.34), (8, false, 3.09), (32, true, 9.58), (8, true, 3.96)]
         {
-            let step = Step { length: 384, teacher: true, quantises, recomputes: false, compute };
+            let step = Step {
+                length: 384,
+                teacher: true,
+                quantises,
+                recomputes: false,
+                accumulates: false,
+                compute,
+            };
             let got = step.bytes(&spec, batch) as f64 / (1u64 << 30) as f64;
             assert!(
                 (got / gib - 1.0).abs() < 0.1,
@@ -166,7 +179,14 @@ mod tests {
         let spec = (arch::find(&config).unwrap().spec)(&config).unwrap();
         for element in [DType::F32, DType::Bf16] {
             let compute = Compute { device: Device::Cpu, element };
-            let step = Step { length: 384, teacher: true, quantises: true, recomputes: false, compute };
+            let step = Step {
+                length: 384,
+                teacher: true,
+                quantises: true,
+                recomputes: false,
+                accumulates: false,
+                compute,
+            };
             for gib in [4u64, 16, 80] {
                 let most = step.largest_batch(&spec, gib << 30);
                 assert!(most > 0 && step.bytes(&spec, most) <= gib << 30, "{most} in {gib} GiB");

@@ -104,5 +104,5 @@ __device__ inline u32 random_mix(u32 h) {
 }
 
 __device__ inline u32 random_bits(u64 key, u32 index) {
-    return random_mix(random_mix((index * 0x9E3779B9u) ^ (u32)key) + (u32)(key >> 32));
+    return random_mix(random_mix(index * 0x9E3779B9u + (u32)key) + (u32)(key >> 32));
 }

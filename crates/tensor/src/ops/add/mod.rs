@@ -28,7 +28,7 @@ pub fn apply(a: &Tensor, b: &Tensor) -> Tensor {
 }
 
 /// `sum += x`, the accumulation of gradients.
-pub(crate) fn accumulate(sum: &mut Tensor, x: &Tensor) {
+pub fn accumulate(sum: &mut Tensor, x: &Tensor) {
     match x.device() {
         Device::Cpu => cpu::accumulate(sum, x),
         Device::Cuda(gpu) => cuda::accumulate(gpu, sum, x),

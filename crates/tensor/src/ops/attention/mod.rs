@@ -58,7 +58,8 @@ enum Saved {
 
 /// `q` `[batch * queries, heads * d]`, `k` and `v` `[batch * keys, kv_heads * d]`: `[batch * queries, heads * d]`.
 pub fn attention(tape: &Tape, q: &Var, k: &Var, v: &Var, spec: &Attention) -> Var {
-    let drop = Drop::next(tape, spec.dropout);
+    let weights = spec.batch * spec.heads * spec.queries * spec.keys;
+    let drop = Drop::next(tape, spec.dropout, weights);
     let keep = tape.tracks(&[q, k, v]);
     let (out, saved) = compute(q.value(), k.value(), v.value(), spec, drop, keep);
     let (q2, k2, v2, spec) = (q.clone(), k.clone(), v.clone(), spec.clone());

@@ -20,14 +20,14 @@ pub(crate) struct Drop {
 }
 
 impl Drop {
-    /// The next mask of `tape`; `None` if it does not drop or `probability` is 0.
-    pub(crate) fn next(tape: &Tape, probability: f32) -> Option<Drop> {
+    /// The next mask of `tape`, for a tensor with `elements`; `None` if it does not drop or `probability` is 0.
+    pub(crate) fn next(tape: &Tape, probability: f32, elements: usize) -> Option<Drop> {
         assert!((0.0..1.0).contains(&probability), "dropout probability {probability}");
         if probability == 0.0 {
             return None;
         }
         let below = (probability as f64 * 4_294_967_296.0) as u32;
-        Some(Drop { key: tape.next_draw()?, below, factor: 1.0 / (1.0 - probability) })
+        Some(Drop { key: tape.next_draw(elements)?, below, factor: 1.0 / (1.0 - probability) })
     }
 
     /// What element `index` is multiplied by.
@@ -40,7 +40,7 @@ impl Drop {
 /// Zeroes each element with `probability` and scales the others by `1 / (1 - probability)`, on a tape
 /// made by [`Tape::training`]; elsewhere the identity.
 pub fn dropout(tape: &Tape, x: &Var, probability: f32) -> Var {
-    let Some(drop) = Drop::next(tape, probability) else { return x.clone() };
+    let Some(drop) = Drop::next(tape, probability, x.value().len()) else { return x.clone() };
     let apply = move |x: &Tensor| match x.device() {
         Device::Cpu => cpu::apply(x, drop),
         Device::Cuda(gpu) => cuda::apply(gpu, x, drop),
@@ -55,6 +55,7 @@ mod tests {
     use super::super::check::noise;
     use super::super::weighted_sum::dot;
     use super::*;
+    use crate::Part;
 
     #[test]
     fn drops_the_asked_share_and_repeats() {
@@ -71,6 +72,23 @@ mod tests {
         let dropped = a.f32().iter().filter(|&&v| v == 0.0).count();
         assert!((9_500..10_500).contains(&dropped), "{dropped}");
         assert!(a.f32().iter().all(|&v| v == 0.0 || (v - 1.0 / 0.9).abs() < 1e-6));
+    }
+
+    /// Two masks after another, so that the second draw counts too.
+    #[test]
+    fn parts_of_a_batch_get_the_masks_of_the_whole() {
+        let run = |tape: Tape, rows: usize| {
+            let v = tape.leaf(Tensor::full(&[rows, 30], 1.0));
+            let (a, b) = (dropout(&tape, &v, 0.3), dropout(&tape, &v, 0.3));
+            [a.value().f32().to_vec(), b.value().f32().to_vec()]
+        };
+        let whole = run(Tape::training(5), 7);
+        for (first, count) in [(0, 3), (3, 1), (4, 3)] {
+            let part = run(Tape::training(5).of_part(Part { first, count, of: 7 }), count);
+            for (whole, part) in whole.iter().zip(&part) {
+                assert_eq!(whole[first * 30..(first + count) * 30], *part);
+            }
+        }
     }
 
     #[test]

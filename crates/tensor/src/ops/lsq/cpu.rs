@@ -79,7 +79,7 @@ fn elements(g: &[f32], x: &[f32], s: f32, dx: &mut [f32]) -> f32 {
     sum
 }
 
-pub(super) fn backward(grad: &Tensor, x: &Tensor, s: f32) -> (Tensor, Tensor) {
+pub(super) fn backward(grad: &Tensor, x: &Tensor, s: f32, divisor: f32) -> (Tensor, Tensor) {
     const BLOCK: usize = 8192;
     let mut dx = Tensor::stale(x.shape());
     let blocks = grad.f32().par_chunks(BLOCK).zip(x.f32().par_chunks(BLOCK));
@@ -87,7 +87,7 @@ pub(super) fn backward(grad: &Tensor, x: &Tensor, s: f32) -> (Tensor, Tensor) {
         .zip(dx.f32_mut().par_chunks_mut(BLOCK))
         .map(|((g, x), dx)| simd(|| elements(g, x, s, dx)))
         .collect();
-    (dx, Tensor::scalar(sums.iter().sum::<f32>() / (x.len() as f32 * QMAX).sqrt()))
+    (dx, Tensor::scalar(sums.iter().sum::<f32>() / divisor))
 }
 
 pub(super) fn weight_codes(w: &Tensor, mask: &Tensor, scale: &Tensor) -> Tensor {

@@ -20,7 +20,13 @@ fn map(gpu: Gpu, kernel: &'static str, x: &Tensor, scale: &Tensor) -> Tensor {
     out
 }
 
-pub(super) fn backward(gpu: Gpu, grad: &Tensor, x: &Tensor, scale: &Tensor) -> (Tensor, Tensor) {
+pub(super) fn backward(
+    gpu: Gpu,
+    grad: &Tensor,
+    x: &Tensor,
+    scale: &Tensor,
+    divisor: f32,
+) -> (Tensor, Tensor) {
     let (n, device) = (x.len(), Device::Cuda(gpu));
     let (dx, ds) = (Tensor::stale_of(gpu, x.dtype(), x.shape()), Tensor::stale_on(device, &[1]));
     let blocks = n.div_ceil(256 * 8).clamp(1, 1024);
@@ -42,7 +48,7 @@ pub(super) fn backward(gpu: Gpu, grad: &Tensor, x: &Tensor, scale: &Tensor) -> (
         &SOURCE,
         "scale_gradient",
         Grid::blocks(1),
-        &[ds.memory().into(), parts.memory().into(), blocks.into(), (n as f32 * QMAX).sqrt().into()],
+        &[ds.memory().into(), parts.memory().into(), blocks.into(), divisor.into()],
     );
     (dx, ds)
 }

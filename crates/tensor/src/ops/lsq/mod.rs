@@ -4,7 +4,8 @@
 //! `code = clamp(round(x / s), -127, 127)`. Backward, with `g` the gradient of the dequantised value
 //! `code * s`: `dx = g` inside the range and 0 outside (straight-through); `ds = g * (code - x / s)`
 //! inside and `g * code` outside, summed over the `n` elements that share `s` and scaled by
-//! `1 / sqrt(n * 127)` (section 2.2 there).
+//! `1 / sqrt(n * 127)` (section 2.2 there). Of an activation, `n` counts the elements of the whole batch, also on a tape
+//! that computes a part of it.
 
 mod cpu;
 mod cuda;
@@ -44,10 +45,11 @@ pub fn fake_quantize(tape: &Tape, x: &Var, scale: &Var) -> Var {
 /// Records `y`, made of `x` with one step size, with the gradients of the module's documentation.
 fn with_gradient(tape: &Tape, y: Tensor, x: &Var, scale: &Var) -> Var {
     let (x2, s2) = (x.clone(), scale.clone());
+    let divisor = (tape.part().all(x.value().len()) as f32 * QMAX).sqrt();
     tape.push(y, &[x, scale], move |grad, grads| {
         let (dx, ds) = match grad.device() {
-            Device::Cpu => cpu::backward(grad, x2.value(), s2.value().item()),
-            Device::Cuda(gpu) => cuda::backward(gpu, grad, x2.value(), s2.value()),
+            Device::Cpu => cpu::backward(grad, x2.value(), s2.value().item(), divisor),
+            Device::Cuda(gpu) => cuda::backward(gpu, grad, x2.value(), s2.value(), divisor),
         };
         grads.add(&x2, dx);
         grads.add(&s2, ds);
@@ -91,6 +93,7 @@ mod tests {
     use super::super::check::{close, devices, noise};
     use super::super::weighted_sum::dot;
     use super::*;
+    use crate::Part;
 
     #[test]
     fn codes_round_half_to_even_and_clip() {
@@ -136,6 +139,25 @@ mod tests {
             assert_eq!(code(x, s), exact);
         }
         assert!(differing > 0, "the inputs no longer tell the two apart");
+    }
+
+    #[test]
+    fn gradients_of_parts_of_a_batch_sum_to_that_of_the_whole() {
+        let (x, w) = (noise(&[5, 6], 1), noise(&[5, 6], 2));
+        let of = |tape: Tape, first: usize, count: usize, device: Device| {
+            let rows =
+                |t: &Tensor| Tensor::from_f32(t.f32()[first * 6..(first + count) * 6].to_vec(), &[count, 6]);
+            let (xv, sv) = (tape.leaf(rows(&x).to(device)), tape.leaf(Tensor::scalar(0.01).to(device)));
+            let loss = dot(&tape, &fake_quantize(&tape, &xv, &sv), &rows(&w));
+            tape.backward(&loss).take(&sv).unwrap().item() as f64
+        };
+        for device in devices() {
+            let part = |first, count| {
+                of(Tape::recording().of_part(Part { first, count, of: 5 }), first, count, device)
+            };
+            let whole = of(Tape::recording(), 0, 5, device);
+            close("step size", &[(part(0, 2) + part(2, 1) + part(3, 2)) as f32], &[whole], 1e-5);
+        }
     }
 
     /// The straight-through gradient and Esser's step-size gradient, element by element.
