@@ -8,6 +8,7 @@ pub mod cuda;
 mod flags;
 mod optim;
 mod pool;
+mod segments;
 mod tape;
 mod tensor;
 
@@ -16,5 +17,6 @@ pub mod ops;
 pub use flags::Flags;
 pub use half::{bf16, f16};
 pub use optim::{AdamW, Moments, Slot, Update, normal};
+pub use segments::Segments;
 pub use tape::{Grads, Part, Tape, Var};
 pub use tensor::{DType, Device, Tensor};

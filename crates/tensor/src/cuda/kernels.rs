@@ -254,10 +254,9 @@ mod tests {
         }
         let both = [DType::F32, DType::Bf16];
         let plain = crate::ops::SOURCES.iter().flat_map(|s| both.map(|element| s.of(element)));
-        let (any, hopper) = crate::ops::sparse_linear::variants();
-        let all = plain.chain(crate::ops::attention::flash_variants()).chain(any);
+        let (any, hopper) = crate::ops::variants();
         let targets = ["sm_80", "sm_89", "sm_90a"];
-        let mut variants: Vec<(Variant, &[&str])> = all.map(|v| (v, &targets[..])).collect();
+        let mut variants: Vec<(Variant, &[&str])> = plain.chain(any).map(|v| (v, &targets[..])).collect();
         variants.extend(hopper.into_iter().map(|v| (v, &targets[2..])));
         // With --nocapture and GPUSQ_REGISTERS, what each kernel of this source, or of `all`, takes: registers, spills.
         let shown = env::var("GPUSQ_REGISTERS").unwrap_or_default();

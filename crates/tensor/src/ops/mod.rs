@@ -8,7 +8,9 @@ pub mod activation;
 pub mod add;
 pub mod attention;
 pub mod cast;
+pub mod codes;
 pub mod cross_entropy;
+pub mod dense_linear;
 pub mod dropout;
 pub mod embedding;
 pub mod gated;
@@ -19,10 +21,12 @@ pub mod linear;
 pub mod lsq;
 pub mod masked;
 pub mod mse;
+pub mod norm_codes;
 pub mod rms_norm;
 pub mod rotary;
 pub mod select;
 pub mod sparse_linear;
+pub mod varlen_attention;
 pub mod weighted_sum;
 
 /// The kernels of every operation that has some.
@@ -49,6 +53,21 @@ pub(crate) const SOURCES: &[&crate::cuda::Source] = &[
     &select::SOURCE,
     &weighted_sum::SOURCE,
 ];
+
+/// Kernels that are compiled for more than an element type: for any GPU, and for Hopper alone.
+#[cfg(test)]
+pub(crate) fn variants() -> (Vec<crate::cuda::Variant>, Vec<crate::cuda::Variant>) {
+    let (sparse, sparse_hopper) = sparse_linear::variants();
+    let any = [
+        attention::flash_variants(),
+        codes::variants(),
+        dense_linear::variants(),
+        norm_codes::variants(),
+        sparse,
+        varlen_attention::variants(),
+    ];
+    (any.into_iter().flatten().collect(), sparse_hopper)
+}
 
 #[cfg(test)]
 pub(crate) mod check;

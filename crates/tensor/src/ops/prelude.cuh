@@ -17,6 +17,35 @@ struct bf16 {
     __device__ operator float() const { return __uint_as_float((u32)bits << 16); }
 };
 
+// IEEE half. Arithmetic happens in float.
+struct f16 {
+    unsigned short bits;
+    f16() = default;
+    __device__ explicit f16(float v) { *this = v; }
+    __device__ f16 &operator=(float v) {
+        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(v));
+        return *this;
+    }
+    __device__ operator float() const {
+        float v;
+        asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(bits));
+        return v;
+    }
+};
+
+// Two halves in a word, the lower address first.
+__device__ inline u32 f16_pair(float low, float high) {
+    u32 r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+
+__device__ inline float2 floats_of_pair(u32 pair) {
+    float2 r;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(r.x), "=f"(r.y) : "r"(pair));
+    return r;
+}
+
 // Kernels over n elements stride by the whole grid.
 #define EACH(i, n) \
     for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < (n); i += (long long)gridDim.x * blockDim.x)
@@ -92,6 +121,32 @@ __device__ inline float lsq_code(float x, float s) {
     v = v > -QMAX ? v : (v <= -QMAX ? -QMAX : 0.0f);
     v = v < QMAX ? v : QMAX;
     return rintf(v) + 0.0f;
+}
+
+// A step size that many values are divided by. The code is lsq_code's (of NaN it is -127): x / s correctly rounded, from
+// the correctly rounded 1 / s (Markstein 1990), in three instructions where a division has ten. Clipped before, so that
+// nothing overflows: the code of fl(127 s) is 127.
+struct Step {
+    float s, inverse, most;
+    __device__ explicit Step(float step) : s(step), inverse(__frcp_rn(step)), most(QMAX * step) {}
+    __device__ int code(float x) const {
+        x = fminf(fmaxf(x, -most), most);
+        float q = __fmul_rn(x, inverse);
+        return __float2int_rn(__fmaf_rn(__fmaf_rn(-q, s, x), inverse, q));
+    }
+};
+
+// Waits until what the kernel before wrote can be read, if this one was started early; and lets the next start early.
+__device__ inline void after_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ inline void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
 }
 
 // 32 random bits for `index` under `key`, as cpu.rs: the same mask on every device.

@@ -1,8 +1,17 @@
 use super::Activation;
 use crate::Tensor;
-use crate::cuda::{Gpu, Grid, Source, source};
+use crate::cuda::{Gpu, Grid, Source};
 
-pub(crate) static SOURCE: Source = source!("activation");
+/// The functions in CUDA, for sources that apply one to what they have in registers.
+macro_rules! functions {
+    () => {
+        include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/ops/activation/functions.cuh"))
+    };
+}
+pub(crate) use functions;
+
+pub(crate) static SOURCE: Source =
+    Source { name: "activation", text: concat!(functions!(), include_str!("kernel.cu")) };
 
 /// (forward kernel, backward kernel)
 fn kernels(function: Activation) -> (&'static str, &'static str) {
@@ -12,6 +21,18 @@ fn kernels(function: Activation) -> (&'static str, &'static str) {
         Activation::Relu => ("relu", "relu_backward"),
         Activation::Silu => ("silu", "silu_backward"),
         Activation::Tanh => ("tanh_", "tanh_backward"),
+    }
+}
+
+/// The function for sources that have it as a constant: `Numbered` in `functions.cuh`.
+pub(crate) fn number(function: Option<Activation>) -> usize {
+    match function {
+        None => 0,
+        Some(Activation::Gelu) => 1,
+        Some(Activation::GeluTanh) => 2,
+        Some(Activation::Relu) => 3,
+        Some(Activation::Silu) => 4,
+        Some(Activation::Tanh) => 5,
     }
 }
 

@@ -5,6 +5,7 @@ mod cuda;
 
 #[cfg(test)]
 pub(crate) use cuda::SOURCE;
+pub(crate) use cuda::{functions, number};
 
 use crate::{Device, Tape, Tensor, Var};
 

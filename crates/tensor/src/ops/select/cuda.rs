@@ -1,5 +1,5 @@
-use crate::Tensor;
 use crate::cuda::{Gpu, Grid, Source, source};
+use crate::{Segments, Tensor};
 
 pub(crate) static SOURCE: Source = source!("select");
 
@@ -15,4 +15,17 @@ pub(super) fn add_column(gpu: Gpu, grad: &Tensor, column: usize, sum: &mut Tenso
     let (n, width) = (grad.len(), sum.width());
     let arguments = [sum.memory_mut().into(), grad.memory().into(), column.into(), width.into(), n.into()];
     gpu.launch(SOURCE.of(grad.dtype()), "add_column", Grid::elements(n), &arguments);
+}
+
+pub(super) fn first_rows(gpu: Gpu, x: &Tensor, segments: &Segments, out: &Tensor) {
+    let bytes = x.width() * x.dtype().size();
+    let arguments = [
+        out.memory().into(),
+        x.memory().into(),
+        segments.table().memory().into(),
+        bytes.into(),
+        (x.rows() as i32 - 1).into(),
+    ];
+    let grid = Grid { threads: 128, ..Grid::blocks(segments.sequences()) };
+    gpu.launch(&SOURCE, "first_rows", grid, &arguments);
 }

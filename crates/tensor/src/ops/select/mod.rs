@@ -7,7 +7,7 @@ mod cuda;
 pub(crate) use cuda::SOURCE;
 
 use super::embedding::{self, Rows};
-use crate::{Device, Tape, Tensor, Var};
+use crate::{Device, Segments, Tape, Tensor, Var};
 
 /// Rows `rows` of `x` `[.., width]` (leading dimensions flattened): `[rows.len(), width]`.
 pub fn select_rows(tape: &Tape, x: &Var, rows: &[u32]) -> Var {
@@ -21,6 +21,21 @@ pub fn select_rows(tape: &Tape, x: &Var, rows: &[u32]) -> Var {
 /// [`select_rows`] without a tape: a lookup with `x` as the table.
 pub fn apply(x: &Tensor, rows: &[u32]) -> Tensor {
     embedding::apply(&[Rows { table: x, ids: rows, factor: 1.0 }], x.dtype())
+}
+
+/// The first row of each sequence, on a GPU: `x` `[tokens, width]` and `out` `[sequences, width]` of the same element type,
+/// both as large as `segments` may need. Rows of `out` beyond the batch get some row of `x`.
+pub fn first_rows(x: &Tensor, segments: &Segments, out: &Tensor) {
+    assert_eq!(x.rows(), segments.tokens(), "first rows of {x:?}");
+    assert_eq!(
+        (out.dtype(), out.rows(), out.width()),
+        (x.dtype(), segments.sequences(), x.width()),
+        "first rows of {x:?}"
+    );
+    match x.device() {
+        Device::Cpu => panic!("first rows: {x:?} is not on a GPU"),
+        Device::Cuda(gpu) => cuda::first_rows(gpu, x, segments, out),
+    }
 }
 
 /// Column `column` of `x` `[batch, length, width]`: `[batch, length]`.
@@ -54,6 +69,26 @@ mod tests {
             |t, v| select_rows(t, &v[0], &rows),
             |x| rows.iter().flat_map(|&r| x[0][r as usize * 3..][..3].to_vec()).collect(),
         );
+    }
+
+    #[test]
+    fn first_rows_are_copied_for_every_width_and_batch() {
+        for gpu in super::super::check::devices().into_iter().filter(|d| *d != Device::Cpu) {
+            for width in [384, 5] {
+                let x = noise(&[40, width], 1).to_f16();
+                let size = Segments::size(6, 40);
+                let mut table = vec![0; size];
+                let segments = |table| Segments::new(Tensor::from_i32(table, &[size]).to(gpu), 6, 40);
+                segments(table.clone()).describe(&[7, 1, 20], &mut table);
+                let out = Tensor::zeros(&[6, width]).to_f16().to(gpu);
+                first_rows(&x.to(gpu), &segments(table), &out);
+                let out = out.to(Device::Cpu);
+                for (sequence, row) in [0, 7, 8].into_iter().enumerate() {
+                    assert_eq!(out.f16()[sequence * width..][..width], x.f16()[row * width..][..width]);
+                }
+            }
+            gpu.check().unwrap();
+        }
     }
 
     #[test]

@@ -1,0 +1,67 @@
+use super::{Lookup, Norm, Out};
+use crate::cuda::{Arg, Gpu, Grid, Source, Variant, source};
+use crate::{DType, Tensor};
+
+static SOURCE: Source = source!("norm_codes");
+
+/// Rows of a block: a warp each.
+const ROWS: usize = 4;
+
+const ABSENT: Arg = Arg::Pointer(0);
+
+fn variant(width: usize, norm: usize) -> Variant {
+    SOURCE.with(DType::F32, &[("WIDTH", width), ("NORM", norm)])
+}
+
+/// For the test that compiles every kernel.
+#[cfg(test)]
+pub(crate) fn variants() -> Vec<Variant> {
+    [(768, 1), (1024, 1), (384, 0), (101, 1), (4096, 2)].map(|(width, norm)| variant(width, norm)).into()
+}
+
+/// Which norm, gain, bias, eps.
+fn parts(norm: Option<Norm>) -> (usize, [Arg; 3]) {
+    match norm {
+        None => (0, [ABSENT, ABSENT, 0.0f32.into()]),
+        Some(Norm::Layer { gain, bias, eps }) => {
+            (1, [gain.memory().into(), bias.memory().into(), eps.into()])
+        }
+        Some(Norm::Rms { gain, eps }) => (2, [gain.memory().into(), ABSENT, eps.into()]),
+    }
+}
+
+/// Hidden states, codes, and their step.
+fn outputs(out: Out) -> ([Arg; 2], Arg) {
+    let hidden = out.hidden.map_or(ABSENT, |h| h.memory().into());
+    let codes = out.codes.map_or(ABSENT, |c| c.to.memory().into());
+    ([hidden, codes], out.codes.map_or(1.0, |c| c.step).into())
+}
+
+fn grid(rows: usize) -> Grid {
+    Grid { threads: 32 * ROWS as u32, ..Grid::blocks(rows.div_ceil(ROWS)) }
+}
+
+pub(super) fn add_norm(gpu: Gpu, x: &Tensor, residual: Option<&Tensor>, norm: Norm, out: Out) {
+    let (which, norm) = parts(Some(norm));
+    let (outputs, step) = outputs(out);
+    let mut arguments = outputs.to_vec();
+    arguments.extend([x.memory().into(), residual.map_or(ABSENT, |r| r.memory().into())]);
+    arguments.extend(norm);
+    arguments.extend([step, (x.rows() as i32).into()]);
+    gpu.launch(variant(x.width(), which), "add_norm", grid(x.rows()), &arguments);
+}
+
+pub(super) fn embed_norm(gpu: Gpu, lookups: [Option<Lookup>; 3], scale: f32, norm: Option<Norm>, out: Out) {
+    let (which, norm) = parts(norm);
+    let (outputs, step) = outputs(out);
+    let words = lookups[0].expect("there is always a word");
+    let (rows, width) = (words.ids.len(), words.table.width());
+    let mut arguments = outputs.to_vec();
+    arguments.extend(lookups.map(|l| l.map_or(ABSENT, |l| l.table.memory().into())));
+    arguments.extend(lookups.map(|l| l.map_or(ABSENT, |l| l.ids.memory().into())));
+    arguments.extend(lookups.map(|l| Arg::from(l.map_or(0, |l| l.table.rows() as i32))));
+    arguments.push(scale.into());
+    arguments.extend(norm);
+    arguments.extend([step, (rows as i32).into()]);
+    gpu.launch(variant(width, which), "embed_norm", grid(rows), &arguments);
+}
