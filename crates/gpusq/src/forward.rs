@@ -3,24 +3,24 @@
 //! It serves dense, pruned and fake-quantised weights alike ([`Bound`] decides per weight), teacher and
 //! student, training and evaluation, every family.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::rc::Rc;
 
-use gpusq_tensor::ops::activation::activation;
+use gpusq_tensor::ops::activation::{Activation, activation, quantized};
 use gpusq_tensor::ops::add::add;
-use gpusq_tensor::ops::attention::{Attention, attention};
+use gpusq_tensor::ops::attention::{Attention, attention, attention_joint, takes_joint};
 use gpusq_tensor::ops::cast::cast;
 use gpusq_tensor::ops::dropout::dropout;
 use gpusq_tensor::ops::embedding::{Lookup, embedding};
 use gpusq_tensor::ops::gated::gated_silu;
 use gpusq_tensor::ops::layer_norm::layer_norm;
 use gpusq_tensor::ops::linear::{linear, linear_as, quantized_linear};
-use gpusq_tensor::ops::lsq::{self, Quantized};
-use gpusq_tensor::ops::masked::{MaskGradient, multiplied};
+use gpusq_tensor::ops::lsq::{self, FakeWeight, Quantized};
+use gpusq_tensor::ops::masked::{MaskGradient, Pruned, multiplied};
 use gpusq_tensor::ops::rms_norm::rms_norm;
 use gpusq_tensor::ops::rotary::{RotaryTable, rotary};
-use gpusq_tensor::ops::select::select_rows;
+use gpusq_tensor::ops::select::{select_rows, split_columns};
 use gpusq_tensor::{DType, Device, Grads, Tape, Tensor, Var};
 
 use crate::config::Precision;
@@ -96,6 +96,8 @@ impl fmt::Display for Compute {
 #[derive(Clone)]
 pub struct Bound {
     leaves: Rc<BTreeMap<String, Leaf>>,
+    /// Projections of one input that are computed by one product, by the name of their attention.
+    joint: Rc<BTreeMap<String, Joint>>,
     element: DType,
 }
 
@@ -108,47 +110,106 @@ struct Leaf {
     scale: Option<Var>,
 }
 
+#[derive(Clone)]
 enum Effective {
     Plain(Var),
     Quantized(Quantized),
 }
 
+/// Queries, keys and values of a self-attention as one linear map.
+struct Joint {
+    weight: Effective,
+    bias: Option<Var>,
+    /// Columns of each in the output.
+    widths: [usize; 3],
+}
+
+/// The three projections of an attention.
+const PROJECTIONS: [&str; 3] = ["q", "k", "v"];
+
 impl Bound {
     /// Puts `params` on `tape`, for `compute`. A bound inference tape may serve any number of forwards.
     pub fn new(tape: &Tape, params: &Params, gradient: MaskGradient, compute: Compute) -> Self {
         let Compute { device, element } = compute;
-        // What activations are multiplied with and added to, to be made at once; tables and norms stay f32.
-        let (mut names, mut weights) = (Vec::new(), Vec::new());
-        let leaves = params.iter().map(|(name, w)| {
-            let leaf = match w {
-                Weight::Dense(t) => {
-                    let raw = tape.leaf(t.to(device));
-                    if name.ends_with(".weight") && t.shape().len() == 2 || plain_bias(params, name) {
-                        names.push(name);
-                        weights.push((raw.clone(), None));
-                    }
-                    Leaf { effective: Effective::Plain(raw.clone()), raw, scale: None }
-                }
-                Weight::Masked { value, mask } => {
-                    let raw = tape.leaf(value.to(device));
-                    names.push(name);
-                    weights.push((raw.clone(), Some(mask.to(device))));
-                    Leaf { effective: Effective::Plain(raw.clone()), raw, scale: None }
-                }
-                Weight::Fake { value, mask, scale } => {
-                    let (raw, scale) = (tape.leaf(value.to(device)), tape.leaf(scale.to(device)));
-                    let codes = lsq::quantize_weight(tape, &raw, &mask.to(device), &scale, element);
-                    Leaf { effective: Effective::Quantized(codes), raw, scale: Some(scale) }
+        let leaf = |(name, w): (&str, &Weight)| {
+            let (raw, scale) = match w {
+                Weight::Dense(t) | Weight::Masked { value: t, .. } => (tape.leaf(t.to(device)), None),
+                Weight::Fake { value, scale, .. } => {
+                    (tape.leaf(value.to(device)), Some(tape.leaf(scale.to(device))))
                 }
                 Weight::Packed(_) => panic!("`{name}` is packed: packed models run in the engine"),
             };
-            (name.to_string(), leaf)
-        });
-        let mut leaves: BTreeMap<String, Leaf> = leaves.collect();
-        for (name, w) in names.iter().zip(multiplied(tape, &weights, gradient, element)) {
-            leaves.get_mut(*name).expect("made above").effective = Effective::Plain(w);
+            (name.to_string(), Leaf { effective: Effective::Plain(raw.clone()), raw, scale })
+        };
+        let mut leaves: BTreeMap<String, Leaf> = params.iter().map(leaf).collect();
+        let joint: BTreeMap<&str, [usize; 3]> =
+            params.iter().filter_map(|(name, _)| joint_widths(params, name, compute)).collect();
+        // Each group of names becomes one tensor.
+        let groups = |part: &str| -> Vec<Vec<String>> {
+            let of = |at: &&str| PROJECTIONS.map(|p| format!("{at}.{p}.{part}")).to_vec();
+            joint.keys().map(of).filter(|g| params.get(&g[0]).is_some()).collect()
+        };
+        let (weights, biases) = (groups("weight"), groups("bias"));
+        let taken: BTreeSet<String> = weights.iter().chain(&biases).flatten().cloned().collect();
+        let alone =
+            params.iter().filter(|(name, _)| !taken.contains(*name)).map(|(name, _)| vec![name.to_string()]);
+        let all: Vec<Vec<String>> = weights.into_iter().chain(biases).chain(alone).collect();
+        let mask_of = |name: &str| match params.get(name) {
+            Some(Weight::Masked { mask, .. } | Weight::Fake { mask, .. }) => Some(mask.to(device)),
+            _ => None,
+        };
+        let is_fake = |group: &[String]| matches!(params.get(&group[0]), Some(Weight::Fake { .. }));
+        let fake: Vec<&Vec<String>> = all.iter().filter(|g| is_fake(g)).collect();
+        let codes: Vec<Vec<FakeWeight>> = fake
+            .iter()
+            .map(|group| {
+                let of = |name: &String| FakeWeight {
+                    weight: leaves[name].raw.clone(),
+                    mask: mask_of(name).expect("it is fake-quantised"),
+                    scale: leaves[name].scale.clone().expect("it is fake-quantised"),
+                };
+                group.iter().map(of).collect()
+            })
+            .collect();
+        let mut made: BTreeMap<&String, Effective> = BTreeMap::new();
+        for (group, q) in fake.iter().zip(lsq::quantize_weights(tape, &codes, element)) {
+            made.insert(&group[0], Effective::Quantized(q));
         }
-        Bound { leaves: Rc::new(leaves), element }
+        // What activations are multiplied with and added to, to be made at once; tables and norms stay f32, and so do
+        // biases of quantised maps.
+        let multiplies = |name: &str| match params.get(name) {
+            Some(Weight::Masked { .. }) => true,
+            Some(Weight::Dense(t)) => {
+                name.ends_with(".weight") && t.shape().len() == 2 || plain_bias(params, name)
+            }
+            _ => false,
+        };
+        for (element, wanted) in [(element, true), (DType::F32, false)] {
+            let these: Vec<&Vec<String>> = all
+                .iter()
+                .filter(|g| !is_fake(g) && multiplies(&g[0]) == wanted && (wanted || g.len() > 1))
+                .collect();
+            let pruned: Vec<Vec<Pruned>> = these
+                .iter()
+                .map(|group| group.iter().map(|name| (leaves[name].raw.clone(), mask_of(name))).collect())
+                .collect();
+            for (group, w) in these.iter().zip(multiplied(tape, &pruned, gradient, element)) {
+                made.insert(&group[0], Effective::Plain(w));
+            }
+        }
+        let mut found = BTreeMap::new();
+        for (at, widths) in &joint {
+            let weight = made.remove(&format!("{at}.q.weight")).expect("every joint weight is made");
+            let bias = match made.remove(&format!("{at}.q.bias")) {
+                Some(Effective::Plain(b)) => Some(b),
+                _ => None,
+            };
+            found.insert(at.to_string(), Joint { weight, bias, widths: *widths });
+        }
+        for (name, effective) in made {
+            leaves.get_mut(name).expect("made above").effective = effective;
+        }
+        Bound { leaves: Rc::new(leaves), joint: Rc::new(found), element }
     }
 
     /// Takes the gradients of every weight: `(name, gradient, step-size gradient)`. A weight the loss does
@@ -189,9 +250,43 @@ fn plain_bias(params: &Params, name: &str) -> bool {
     plain && name != "head.out.bias"
 }
 
-/// A tensor that linear maps read: as it is, and quantised if its maps are.
+/// If `name` is the queries' weight of a self-attention whose projections can be one linear map: the attention's name and
+/// the rows of its projections. Wide products are faster than narrow ones on a GPU; a CPU gains nothing.
+fn joint_widths<'a>(params: &Params, name: &'a str, compute: Compute) -> Option<(&'a str, [usize; 3])> {
+    let at = name.strip_suffix(".q.weight").filter(|at| at.ends_with(".attn"))?;
+    let weights = PROJECTIONS.map(|p| params.get(&format!("{at}.{p}.weight")));
+    let [Some(q), Some(k), Some(v)] = weights else { return None };
+    let Compute { device: Device::Cuda(_), element: DType::Bf16 } = compute else { return None };
+    let shape = |w: &Weight| match w {
+        Weight::Dense(t) | Weight::Masked { value: t, .. } | Weight::Fake { value: t, .. } => {
+            t.shape().to_vec()
+        }
+        Weight::Packed(_) => Vec::new(),
+    };
+    let shapes = [q, k, v].map(shape);
+    let same = |other: &Weight| std::mem::discriminant(q) == std::mem::discriminant(other);
+    // Parts of a product begin where sixteen bytes do.
+    let [[rows, width], [k_rows, _], [v_rows, _]] =
+        shapes.each_ref().map(|s| [s[0], *s.last().unwrap_or(&0)]);
+    let aligned = [rows, k_rows, v_rows].iter().all(|n| n % 8 == 0) && width % 8 == 0;
+    let has = |part: &str| PROJECTIONS.map(|p| params.get(&format!("{at}.{p}.{part}")).is_some());
+    let all_or_none = |[q, k, v]: [bool; 3]| q == k && k == v;
+    // A kernel that quantises the output has a step size for each of three equal parts.
+    let quantised = matches!(q, Weight::Fake { .. });
+    let steps = !quantised
+        || lsq::takes_bytes(compute.device, compute.element, width) && rows == k_rows && rows == v_rows;
+    let fits = aligned
+        && steps
+        && same(k)
+        && same(v)
+        && all_or_none(has("bias"))
+        && all_or_none(has("output_scale"));
+    fits.then_some((at, [rows, k_rows, v_rows]))
+}
+
+/// A tensor that linear maps read: as it is where it exists so, and quantised if its maps are.
 struct Input {
-    plain: Var,
+    plain: Option<Var>,
     quantized: Option<Quantized>,
 }
 
@@ -254,7 +349,20 @@ impl Forward<'_> {
         self.tap(self.want.linears, || input.to_string(), x);
         let scale = self.bound.leaves.get(&format!("{input}.input_scale"));
         let quantized = scale.map(|s| lsq::quantize_activation(self.tape, x, &s.raw));
-        Input { plain: x.clone(), quantized }
+        Input { plain: Some(x.clone()), quantized }
+    }
+
+    /// [`Forward::input`] of an activation of `x`, for the map `input`. Where that is quantised, nothing else reads the
+    /// activation.
+    fn activated(&self, input: &str, x: &Var, function: Activation) -> Input {
+        let quantised =
+            matches!(self.bound.get(&format!("{input}.weight")).effective, Effective::Quantized(_));
+        match self.bound.leaves.get(&format!("{input}.input_scale")) {
+            Some(s) if quantised && !self.want.linears => {
+                Input { plain: None, quantized: Some(quantized(self.tape, x, function, &s.raw)) }
+            }
+            _ => self.input(input, &activation(self.tape, x, function)),
+        }
     }
 
     fn linear(&self, name: &str, x: &Input, bias: bool) -> Var {
@@ -264,16 +372,45 @@ impl Forward<'_> {
     /// [`Forward::linear`] with an output of type `element`.
     fn linear_as(&self, name: &str, x: &Input, bias: bool, element: DType) -> Var {
         let bias = bias.then(|| self.bound.plain(&format!("{name}.bias")));
-        let leaf = self.bound.get(&format!("{name}.weight"));
-        let y = match (&leaf.effective, &x.quantized) {
-            (Effective::Plain(w), _) => linear_as(self.tape, &x.plain, w, bias, element),
-            (Effective::Quantized(w), Some(x)) => quantized_linear(self.tape, x, w, bias, element),
-            (Effective::Quantized(_), None) => panic!("`{name}` is quantised but its input has no scale"),
+        let effective = &self.bound.get(&format!("{name}.weight")).effective;
+        self.map(&[name.to_string()], effective, x, bias, element)
+    }
+
+    /// The step size of the output of the map `name`, if it is quantised.
+    fn output_step(&self, name: &str) -> Option<&Var> {
+        self.bound.leaves.get(&format!("{name}.output_scale")).map(|s| &s.raw)
+    }
+
+    /// The linear maps `names` of one input, whose weights are one below the other. Their outputs are quantised as they
+    /// are wanted, except that those of several maps that are to be tapped are left to the caller.
+    fn map(
+        &self,
+        names: &[String],
+        weight: &Effective,
+        x: &Input,
+        bias: Option<&Var>,
+        element: DType,
+    ) -> Var {
+        let mut steps: Vec<Var> = names.iter().filter_map(|name| self.output_step(name)).cloned().collect();
+        let y = match (weight, &x.quantized) {
+            (Effective::Plain(w), _) => {
+                let x = x.plain.as_ref().expect("what is quantised at once feeds quantised maps");
+                linear_as(self.tape, x, w, bias, element)
+            }
+            (Effective::Quantized(w), Some(x)) => {
+                // What is tapped is not quantised yet.
+                let steps = if self.want.linears { Vec::new() } else { std::mem::take(&mut steps) };
+                quantized_linear(self.tape, x, w, bias, &steps, element)
+            }
+            (Effective::Quantized(_), None) => {
+                panic!("`{}` is quantised but its input has no scale", names.join("`, `"))
+            }
         };
+        let [name] = names else { return y };
         self.tap(self.want.linears, || format!("{name}.y"), &y);
-        match self.bound.leaves.get(&format!("{name}.output_scale")) {
-            Some(s) => lsq::fake_quantize(self.tape, &y, &s.raw),
-            None => y,
+        match &steps[..] {
+            [step] => lsq::fake_quantize(self.tape, &y, step),
+            _ => y,
         }
     }
 
@@ -387,12 +524,14 @@ impl Forward<'_> {
         self.sublayer(&format!("{at}.ffn.norm"), s, &x, |x| {
             let input = self.input(&format!("{at}.ffn"), x);
             let inner = self.linear(&format!("{at}.ffn.in"), &input, s.bias);
+            let out = format!("{at}.ffn.out");
             let inner = if s.gated {
-                gated_silu(self.tape, &self.linear(&format!("{at}.ffn.gate"), &input, s.bias), &inner)
+                let gate = self.linear(&format!("{at}.ffn.gate"), &input, s.bias);
+                self.input(&out, &gated_silu(self.tape, &gate, &inner))
             } else {
-                activation(self.tape, &inner, s.activation)
+                self.activated(&out, &inner, s.activation)
             };
-            self.linear(&format!("{at}.ffn.out"), &self.input(&format!("{at}.ffn.out"), &inner), s.bias)
+            self.linear(&out, &inner, s.bias)
         })
     }
 
@@ -419,14 +558,39 @@ impl Forward<'_> {
         how: &Attention,
         rotation: Option<&(RotaryTable, Vec<u32>)>,
     ) -> Var {
-        let mut q = self.linear(&format!("{at}.q"), q_input, s.qkv_bias);
-        let mut k = self.linear(&format!("{at}.k"), kv_input, s.qkv_bias);
-        let v = self.linear(&format!("{at}.v"), kv_input, s.qkv_bias);
+        let joint = self.bound.joint.get(at).filter(|_| std::ptr::eq(q_input, kv_input));
+        let names = PROJECTIONS.map(|p| format!("{at}.{p}"));
+        let [mut q, mut k, v] = match joint {
+            Some(j) => {
+                let y = self.map(&names, &j.weight, q_input, j.bias.as_ref(), self.bound.element);
+                if rotation.is_none() && !self.want.linears && takes_joint(y.value(), how) {
+                    return self.attended(at, s, attention_joint(self.tape, &y, how));
+                }
+                let parts = split_columns(self.tape, &y, &j.widths);
+                let part = |i: usize| {
+                    if !self.want.linears {
+                        return parts[i].clone();
+                    }
+                    self.tap(true, || format!("{}.y", names[i]), &parts[i]);
+                    let step = self.output_step(&names[i]);
+                    step.map_or(parts[i].clone(), |step| lsq::fake_quantize(self.tape, &parts[i], step))
+                };
+                [part(0), part(1), part(2)]
+            }
+            None => {
+                let [q, k, v] = &names;
+                [(q, q_input), (k, kv_input), (v, kv_input)].map(|(name, x)| self.linear(name, x, s.qkv_bias))
+            }
+        };
         if let Some((table, positions)) = rotation {
             q = rotary(self.tape, &q, positions, table);
             k = rotary(self.tape, &k, positions, table);
         }
-        let y = attention(self.tape, &q, &k, &v, how);
+        self.attended(at, s, attention(self.tape, &q, &k, &v, how))
+    }
+
+    /// What follows attention's output `y`.
+    fn attended(&self, at: &str, s: &Stack, y: Var) -> Var {
         self.tap(self.want.attention, || format!("{at}.context"), &y);
         self.linear(&format!("{at}.o"), &self.input(&format!("{at}.o"), &y), s.bias)
     }

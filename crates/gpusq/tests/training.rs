@@ -386,3 +386,45 @@ fn gradient_checkpointing_changes_no_bit() {
         }
     }
 }
+
+/// bf16 with widths that neither tensor cores nor 16-byte loads like, and with one that they do: every stage's first
+/// losses are those of f32 but for rounding, and all stay finite. The width that four does not divide leaves weights
+/// dense.
+#[test]
+fn odd_and_even_widths_train_in_bf16() {
+    let devices = Device::all();
+    let missing = devices.len() == 1 && std::env::var_os("GPUSQ_NEED_GPU").is_some();
+    assert!(!missing, "GPUSQ_NEED_GPU is set: {:?}", Device::named("cuda").err());
+    let (d, f) = (data(), Fit { max_steps: Some(4), log_every: 1, ..settings(100, 1e-3) });
+    for (hidden, heads, inner) in [(36, 3, 44), (30, 3, 52), (64, 2, 128)] {
+        let text = format!(
+            r#"{{"model_type":"bert","architectures":["BertModel"],"vocab_size":24,"hidden_size":{hidden},
+            "num_hidden_layers":2,"num_attention_heads":{heads},"intermediate_size":{inner},"max_position_embeddings":16}}"#
+        );
+        let config = ModelConfig::parse(Path::new("config.json"), &text).unwrap();
+        let mut teacher = Model::random(config, 3).unwrap();
+        teacher.set_head(HeadKind::Classes(2), 3).unwrap();
+        let sparse = pruned(&teacher, &d, "magnitude");
+        let mut quantized = sparse.clone();
+        let how = calibration(&Config::default().quantize);
+        calibrate(&mut quantized, &samples(&d), &how, Compute::CPU).unwrap();
+        for (start, mix, teacher) in
+            [(&teacher, Mix::HARD, None), (&sparse, MIX, Some(&teacher)), (&quantized, MIX, Some(&sparse))]
+        {
+            let curve = |compute| {
+                let how = Recipe { compute, ..recipe(&f, mix, teacher) };
+                let report = fit(&mut start.clone(), &d, &how, State::default(), &mut |_| {}).unwrap();
+                report.curve.iter().map(|p| p.terms.total).collect::<Vec<f32>>()
+            };
+            let want = curve(Compute::CPU);
+            for &device in &devices[1..] {
+                for (step, (got, want)) in
+                    curve(Compute { device, element: DType::Bf16 }).iter().zip(&want).enumerate()
+                {
+                    let message = format!("{device}, width {hidden}, {:?}, step {step}", start.stage);
+                    assert!((got - want).abs() <= 0.05 * want.max(0.1), "{message}: {got}, CPU {want}");
+                }
+            }
+        }
+    }
+}

@@ -12,7 +12,7 @@ struct Slot {
 
 // The tensor that this block works on, and which of its elements.
 __device__ inline Slot own(const Slot *table, int entries, long long *from, long long *to) {
-    Slot s = own_entry(table, entries);
+    Slot s = own_entry(table, entries, blockIdx.x);
     *from = ((long long)blockIdx.x - s.first_block) * CHUNK;
     *to = *from + CHUNK < s.n ? *from + CHUNK : s.n;
     return s;
@@ -33,8 +33,9 @@ extern "C" __global__ void norms(double *parts, const Slot *table, int entries) 
     long long from, to;
     Slot s = own(table, entries, &from, &to);
     double sum = 0;
-    if (!s.positive)
-        for (long long i = from + threadIdx.x; i < to; i += blockDim.x) sum += (double)s.g[i] * s.g[i];
+    // Of a step size 0, and no number if it is none.
+    for (long long i = from + threadIdx.x; i < to; i += blockDim.x)
+        sum += (double)s.g[i] * (s.positive ? 0.0 : (double)s.g[i]);
     sum = block_sum_double(sum);
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }

@@ -65,7 +65,7 @@ pub enum Update {
     },
     /// The same step on the logarithm of a positive tensor: `p *= exp(-lr * m' / (sqrt(v') + eps))` with the
     /// moments of the gradient of `ln p`. `p` stays positive whatever the gradient; neither decay nor clipping,
-    /// and its gradient has no part in the global norm.
+    /// and its gradient has no part in the global norm, except that the norm is NaN if it is not finite.
     Positive {
         /// Its own learning rate.
         learning_rate: f32,
@@ -97,8 +97,12 @@ impl AdamW {
     }
 
     fn step_cpu(&self, loss: f32, slots: &mut [Slot]) -> Tensor {
-        let weights = slots.iter().filter(|s| matches!(s.update, Update::Weight { .. }));
-        let norm = weights.map(|s| square_sum(s.grad)).sum::<f64>().sqrt() as f32;
+        let part = |s: &Slot| match s.update {
+            Update::Weight { .. } => square_sum(s.grad),
+            // 0, and no number if one of them is none.
+            Update::Positive { .. } => s.grad.f32().iter().map(|g| 0.0 * *g as f64).sum(),
+        };
+        let norm = slots.iter().map(part).sum::<f64>().sqrt() as f32;
         if loss.is_finite() && norm.is_finite() {
             let clip = self.max_norm.filter(|max| norm > *max).map_or(1.0, |max| max / norm);
             for s in slots {
@@ -318,16 +322,34 @@ mod tests {
     #[test]
     fn nothing_changes_where_loss_or_gradient_is_not_finite() {
         for device in devices() {
-            for (loss, grad) in [(f32::NAN, 1.0), (f32::INFINITY, 1.0), (1.0, f32::NAN), (1.0, f32::INFINITY)]
-            {
-                let mut param = Tensor::full(&[3], 2.0).to(device);
-                let mut moments = Moments::new(&param);
-                let grad = Tensor::full(&[3], grad).to(device);
-                let update = Update::Weight { decay: 0.1 };
-                let mut slots = [Slot { param: &mut param, grad: &grad, moments: &mut moments, update }];
-                STEP.step(&Tensor::scalar(loss).to(device), &mut slots);
-                assert_eq!(param, Tensor::full(&[3], 2.0));
-                assert_eq!(moments.second, Tensor::zeros(&[3]));
+            let (nan, infinite) = (f32::NAN, f32::INFINITY);
+            // Of a weight and of a step size beside it.
+            for (loss, of_weight, of_step) in [
+                (nan, 1.0, 1.0),
+                (infinite, 1.0, 1.0),
+                (1.0, nan, 1.0),
+                (1.0, infinite, 1.0),
+                (1.0, 1.0, nan),
+                (1.0, 1.0, -infinite),
+            ] {
+                let mut params = [0, 1].map(|_| Tensor::full(&[3], 2.0).to(device));
+                let mut moments = [0, 1].map(|i| Moments::new(&params[i]));
+                let grads =
+                    [of_weight, of_step].map(|g| Tensor::from_f32(vec![1.0, g, 1.0], &[3]).to(device));
+                let updates = [Update::Weight { decay: 0.1 }, Update::Positive { learning_rate: 0.1 }];
+                let mut slots: Vec<Slot> = params
+                    .iter_mut()
+                    .zip(&grads)
+                    .zip(&mut moments)
+                    .zip(updates)
+                    .map(|(((param, grad), moments), update)| Slot { param, grad, moments, update })
+                    .collect();
+                let norm = STEP.step(&Tensor::scalar(loss).to(device), &mut slots).item();
+                assert_eq!(norm.is_finite(), !loss.is_finite(), "{device:?}: {norm}");
+                for (param, moments) in params.iter().zip(&moments) {
+                    assert_eq!(*param, Tensor::full(&[3], 2.0), "{device:?}");
+                    assert_eq!(moments.second, Tensor::zeros(&[3]));
+                }
             }
         }
     }

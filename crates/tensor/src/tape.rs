@@ -5,12 +5,13 @@
 //! goes. An inference tape records nothing, so that teacher and evaluation passes keep no activations.
 
 use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
 
 use crate::cpu::ahead;
 use crate::ops::add;
 use crate::{Device, Tensor};
 
-type Backward = Box<dyn FnOnce(&Tensor, &mut Grads)>;
+type Backward = Box<dyn FnOnce(Tensor, &mut Grads)>;
 
 /// A value on a tape: the tensor, and its place on the tape if a gradient flows through it.
 #[derive(Clone)]
@@ -39,6 +40,10 @@ impl Var {
 /// Gradients by tape position, filled by [`Tape::backward`].
 pub struct Grads {
     slots: Vec<Option<Tensor>>,
+    /// Column sums of gradients that came with them.
+    sums: HashMap<usize, Tensor>,
+    /// Those of the gradient that is being handed on.
+    known: Option<Tensor>,
 }
 
 impl Grads {
@@ -57,10 +62,26 @@ impl Grads {
             grad.shape(),
             var.shape()
         );
+        self.sums.remove(&node);
         match &mut self.slots[node] {
             Some(sum) => add::accumulate(sum, &grad),
             empty => *empty = Some(grad),
         }
+    }
+
+    /// [`Grads::add`] of a gradient whose column sums, f32 `[width]`, were had in the same pass: a bias' gradient.
+    pub(crate) fn add_with_sums(&mut self, var: &Var, grad: Tensor, sums: Tensor) {
+        let Some(node) = var.node else { return };
+        let alone = self.slots[node].is_none();
+        self.add(var, grad);
+        if alone {
+            self.sums.insert(node, sums);
+        }
+    }
+
+    /// Column sums of the gradient that the backward pass of an operation was called with, if they are known.
+    pub(crate) fn known_sums(&mut self) -> Option<Tensor> {
+        self.known.take()
     }
 
     /// Lets `f` add to the gradient of `var` in place; it starts at zero, in the type of `var`.
@@ -76,7 +97,9 @@ impl Grads {
 
     /// Where the gradient of `var` is summed, if it is asked for; empty until something was added.
     pub(crate) fn slot(&mut self, var: &Var) -> Option<&mut Option<Tensor>> {
-        var.node.map(|node| &mut self.slots[node])
+        let node = var.node?;
+        self.sums.remove(&node);
+        Some(&mut self.slots[node])
     }
 
     /// Runs `nodes`, the first of which has position `base`, from the last to the first.
@@ -85,7 +108,8 @@ impl Grads {
             // Leaves have no closure and keep their gradient for `take`.
             let Some(backward) = nodes[i].take() else { continue };
             if let Some(grad) = self.slots[base + i].take() {
-                backward(&grad, self);
+                self.known = self.sums.remove(&(base + i));
+                backward(grad, self);
             }
         }
     }
@@ -194,13 +218,13 @@ impl Tape {
         let value = f(&quiet, x).value;
         self.draws.set(quiet.draws.get());
         let x = x.clone();
-        let backward = move |grad: &Tensor, grads: &mut Grads| {
+        let backward = move |grad: Tensor, grads: &mut Grads| {
             let outer = grads.slots.len();
             let again = Tape { base: outer, seed, draws: Cell::new(first), part, ..Tape::recording() };
             let y = f(&again, &x);
             let mut nodes = again.nodes.into_inner();
             grads.slots.resize(outer + nodes.len(), None);
-            grads.add(&y, grad.clone());
+            grads.add(&y, grad);
             grads.run(&mut nodes, outer);
             grads.slots.truncate(outer);
         };
@@ -244,6 +268,16 @@ impl Tape {
         inputs: &[&Var],
         backward: impl FnOnce(&Tensor, &mut Grads) + 'static,
     ) -> Var {
+        self.push_owned(value, inputs, move |grad, grads| backward(&grad, grads))
+    }
+
+    /// [`Tape::push`] with a `backward` that has the gradient for itself, so that it can be divided without a copy.
+    pub(crate) fn push_owned(
+        &self,
+        value: Tensor,
+        inputs: &[&Var],
+        backward: impl FnOnce(Tensor, &mut Grads) + 'static,
+    ) -> Var {
         if !self.tracks(inputs) {
             return Var { value, node: None };
         }
@@ -267,7 +301,7 @@ impl Tape {
     /// Gradients of the one-element `loss` with respect to every leaf. The record is used up.
     pub fn backward(self, loss: &Var) -> Grads {
         let mut nodes = self.nodes.into_inner();
-        let mut grads = Grads { slots: vec![None; nodes.len()] };
+        let mut grads = Grads { slots: vec![None; nodes.len()], sums: HashMap::new(), known: None };
         grads.add(loss, Tensor::full(loss.shape(), 1.0).to(loss.value.device()));
         grads.run(&mut nodes, 0);
         grads

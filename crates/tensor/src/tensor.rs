@@ -268,6 +268,37 @@ impl Tensor {
         Tensor { shape: shape.to_vec(), storage: self.storage.clone() }
     }
 
+    /// The tensor's elements, in order, as tensors of `shapes`. On a GPU they are parts of one allocation, except those
+    /// that would not begin where packs of 16 bytes do.
+    pub(crate) fn split(self, shapes: &[Vec<usize>]) -> Vec<Self> {
+        let lengths = shapes.iter().map(|s| s.iter().product::<usize>());
+        assert_eq!(lengths.clone().sum::<usize>(), self.len(), "split of {self:?} into {shapes:?}");
+        if let [shape] = shapes {
+            return vec![self.reshape(shape)];
+        }
+        let starts = lengths.scan(0, |at, n| Some(std::mem::replace(at, *at + n)));
+        let of = |storage: Storage, shape: &Vec<usize>| Tensor {
+            shape: shape.clone(),
+            storage: Arc::new(storage),
+        };
+        if let Device::Cpu = self.device() {
+            let part = |(shape, from): (&Vec<usize>, usize)| {
+                Self::from_f32(self.f32()[from..][..shape.iter().product()].to_vec(), shape)
+            };
+            return shapes.iter().zip(starts).map(part).collect();
+        }
+        // Parts of shared storage would be written through each other.
+        let storage = Arc::try_unwrap(self.storage).unwrap_or_else(|shared| (*shared).clone());
+        let Storage::Cuda(dtype, memory) = storage else { unreachable!("not on the CPU") };
+        let whole = Arc::new(memory);
+        let part = |(shape, from): (&Vec<usize>, usize)| {
+            let (offset, bytes) = (from * dtype.size(), shape.iter().product::<usize>() * dtype.size());
+            let part = Memory::part(&whole, offset, bytes);
+            of(Storage::Cuda(dtype, if offset.is_multiple_of(16) { part } else { part.clone() }), shape)
+        };
+        shapes.iter().zip(starts).map(part).collect()
+    }
+
     /// The only element of a one-element f32 tensor. On a GPU this waits for all work before it.
     pub fn item(&self) -> f32 {
         assert_eq!(self.len(), 1, "item() of a tensor of shape {:?}", self.shape);

@@ -185,6 +185,11 @@ impl Gpu {
         lock(&self.0.pool).peak() as u64
     }
 
+    /// Whether kernels for it have Hopper's own instructions.
+    pub(crate) fn is_hopper(self) -> bool {
+        self.0.target == "sm_90a"
+    }
+
     /// Bytes of shared memory that one block may have.
     pub(crate) fn shared_memory(self) -> usize {
         use sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as MOST;
@@ -512,6 +517,14 @@ impl Memory {
     /// Whether nothing could be allocated.
     pub(crate) fn missing(&self) -> bool {
         self.at == 0 && self.bytes != 0
+    }
+
+    /// `bytes` bytes of `whole` from `offset` on. Parts are written on their own: whoever divides an allocation sees to
+    /// it that they do not overlap, and no longer uses the whole.
+    pub(crate) fn part(whole: &Arc<Memory>, offset: usize, bytes: usize) -> Memory {
+        assert!(offset + bytes <= whole.bytes, "{bytes} bytes at {offset} of {}", whole.bytes);
+        let at = if whole.at == 0 { 0 } else { whole.at + offset as u64 };
+        Memory { gpu: whole.gpu, at, bytes, whole: Some(whole.clone()) }
     }
 
     pub(crate) fn gpu(&self) -> Gpu {

@@ -45,6 +45,7 @@ pub(crate) const SOURCES: &[&crate::cuda::Source] = &[
     &kl_divergence::SOURCE,
     &layer_norm::SOURCE,
     &linear::SOURCE,
+    &linear::BYTES,
     &lsq::SOURCE,
     &masked::SOURCE,
     &mse::SOURCE,

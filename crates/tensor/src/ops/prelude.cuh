@@ -54,11 +54,11 @@ __device__ inline float2 floats_of_pair(u32 pair) {
 #define OWN_ROW long long row = (long long)blockIdx.x * 8 + threadIdx.x / 32; int lane = threadIdx.x % 32
 
 // Kernels over many arrays find theirs in a table: the last entry that begins at this block or before.
-template <class Entry> __device__ inline const Entry &own_entry(const Entry *table, int entries) {
+template <class Entry> __device__ inline const Entry &own_entry(const Entry *table, int entries, u32 block) {
     int low = 0, high = entries - 1;
     while (low < high) {
         int middle = (low + high + 1) / 2;
-        if (table[middle].first_block <= blockIdx.x) low = middle;
+        if (table[middle].first_block <= block) low = middle;
         else high = middle - 1;
     }
     return table[low];
@@ -147,6 +147,16 @@ __device__ inline void let_next_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
+}
+
+// One element's share of LSQ's gradients; returns that of the step size, whose inverse is given. A product is not the
+// quotient that codes are made of, so that beside a tie c - v may have the other sign; a true division would take
+// longer than memory does.
+__device__ inline float lsq_element(float g, float x, float inverse, float *dx) {
+    float v = x * inverse;
+    bool inside = fabsf(v) <= QMAX;
+    *dx = inside ? g : 0.0f;
+    return g * (inside ? rintf(v) - v : copysignf(QMAX, v));
 }
 
 // 32 random bits for `index` under `key`, as cpu.rs: the same mask on every device.

@@ -7,6 +7,7 @@ mod cuda;
 pub(crate) use cuda::SOURCE;
 pub(crate) use cuda::{functions, number};
 
+use super::lsq::{self, Quantized};
 use crate::{Device, Tape, Tensor, Var};
 
 /// Which function.
@@ -28,13 +29,32 @@ pub enum Activation {
 pub fn activation(tape: &Tape, x: &Var, function: Activation) -> Var {
     let y = apply(x.value(), function);
     let x2 = x.clone();
-    tape.push(y, &[x], move |grad, grads| {
-        let dx = match grad.device() {
-            Device::Cpu => cpu::backward(grad, x2.value(), function),
-            Device::Cuda(gpu) => cuda::backward(gpu, grad, x2.value(), function),
-        };
-        grads.add(&x2, dx);
+    tape.push(y, &[x], move |grad, grads| match grad.device() {
+        Device::Cpu => grads.add(&x2, cpu::backward(grad, x2.value(), function)),
+        Device::Cuda(gpu) => {
+            let (dx, sums) = cuda::backward(gpu, grad, x2.value(), function);
+            grads.add_with_sums(&x2, dx, sums);
+        }
     })
+}
+
+/// The INT8 codes of `function(x)` under one positive step size `scale` `[1]`, as [`lsq::quantize_activation`] makes them of
+/// [`activation`]'s result; on a GPU in one pass.
+pub fn quantized(tape: &Tape, x: &Var, function: Activation, scale: &Var) -> Quantized {
+    let value = x.value();
+    let device = value.device();
+    let Device::Cuda(gpu) = device else {
+        return lsq::quantize_activation(tape, &activation(tape, x, function), scale);
+    };
+    let bytes = lsq::takes_bytes(device, value.dtype(), value.width());
+    let (codes, bytes) = cuda::codes(gpu, value, function, scale.value(), bytes);
+    let (x2, s2, divisor) = (x.clone(), scale.clone(), lsq::divisor(tape, value.len()));
+    let codes = tape.push(codes, &[x, scale], move |grad, grads| {
+        let (dx, sums, ds) = cuda::codes_backward(gpu, grad, x2.value(), function, s2.value(), divisor);
+        grads.add(&s2, ds);
+        grads.add_with_sums(&x2, dx, sums);
+    });
+    Quantized::with_bytes(codes, scale.value().clone(), bytes)
 }
 
 /// `function(x)` without a tape.
@@ -47,8 +67,10 @@ pub fn apply(x: &Tensor, function: Activation) -> Tensor {
 
 #[cfg(test)]
 mod tests {
-    use super::super::check::{check_both, noise};
+    use super::super::check::{check_both, close, devices, noise};
+    use super::super::weighted_sum::dot;
     use super::*;
+    use crate::DType;
 
     fn erf(x: f64) -> f64 {
         let (mut term, mut sum) = (x, x);
@@ -57,6 +79,49 @@ mod tests {
             sum += term / (2 * n + 1) as f64;
         }
         sum * 2.0 / std::f64::consts::PI.sqrt()
+    }
+
+    /// Codes and gradients are those of the two operations one after the other, by packs and by elements.
+    #[test]
+    fn quantized_is_what_two_operations_are() {
+        let functions =
+            [Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::Silu, Activation::Tanh];
+        for device in devices() {
+            let types = if device == Device::Cpu { vec![DType::F32] } else { vec![DType::F32, DType::Bf16] };
+            for (function, dtype, width) in
+                functions.iter().flat_map(|f| types.iter().flat_map(move |t| [(f, t, 48), (f, t, 37)]))
+            {
+                let x = noise(&[300, width], 1);
+                let x = if *dtype == DType::Bf16 { x.to_bf16() } else { x };
+                let weights = noise(&[300, width], 2).to_bf16().to_f32();
+                let run = |together: bool| {
+                    let tape = Tape::recording();
+                    // Some values are beyond the range.
+                    let (x, s) = (tape.leaf(x.to(device)), tape.leaf(Tensor::scalar(0.008).to(device)));
+                    let q = match together {
+                        true => quantized(&tape, &x, *function, &s),
+                        false => lsq::quantize_activation(&tape, &activation(&tape, &x, *function), &s),
+                    };
+                    let loss = dot(&tape, &q.codes, &weights);
+                    let mut grads = tape.backward(&loss);
+                    let all = [q.codes.value().clone(), grads.take(&x).unwrap(), grads.take(&s).unwrap()];
+                    all.map(|t| t.to(Device::Cpu).to_f32())
+                };
+                let ([codes, dx, ds], [codes2, dx2, ds2]) = (run(true), run(false));
+                assert!(codes == codes2, "{device:?}, {function:?}, {dtype:?}");
+                for (what, got, want) in [("dx", dx, dx2), ("ds", ds, ds2)] {
+                    let want: Vec<f64> = want.f32().iter().map(|&x| x as f64).collect();
+                    let tolerance = if *dtype == DType::Bf16 { 1e-2 } else { 1e-5 };
+                    close(
+                        &format!("{what} on {device:?}, {function:?}, {dtype:?}"),
+                        got.f32(),
+                        &want,
+                        tolerance,
+                    );
+                }
+                device.check().unwrap();
+            }
+        }
     }
 
     #[test]

@@ -49,8 +49,8 @@ pub(super) fn forward(
     drop: Option<Drop>,
     keep: bool,
 ) -> (Tensor, Option<Saved>) {
-    if flash::takes(q, s) {
-        let (out, log_sums) = flash::forward(gpu, q, k, v, s, drop, keep);
+    if flash::takes(q, q.width() / s.heads, s) {
+        let (out, log_sums) = flash::forward(gpu, flash::Operands::apart(q, k, v, s), s, drop, keep);
         let saved = log_sums.map(|log_sums| Saved::LogSums { log_sums, out: out.clone() });
         return (out, saved);
     }
@@ -94,7 +94,11 @@ pub(super) fn backward(
     let softmax = match saved {
         Saved::Softmax(softmax) => softmax,
         Saved::LogSums { log_sums, out } => {
-            return flash::backward(gpu, grad, q, k, v, log_sums, out, s, drop);
+            let gradients = [q, k, v].map(|x| Tensor::stale_of(gpu, x.dtype(), x.shape()));
+            let [dq, dk, dv] = &gradients;
+            let of = [(q, k, v), (dq, dk, dv)].map(|(q, k, v)| flash::Operands::apart(q, k, v, s));
+            flash::backward(gpu, grad, of, log_sums, out, s, drop);
+            return gradients.into();
         }
     };
     let device = Device::Cuda(gpu);

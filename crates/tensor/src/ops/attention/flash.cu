@@ -2,17 +2,41 @@
 // chosen inside. T is bf16; D is a head's width (32, 64, 128); OF the pattern's group (4, 8, 16), 0 for none.
 //
 // A block has four warps and owns 64 rows of queries (or keys), 16 a warp; the other side passes through shared
-// memory in tiles. Weights are powers of 2: of score * unit, where unit = scale * log2(e).
+// memory in tiles. Weights are powers of 2: of score * unit, where unit = scale * log2(e). Products are `wgmma` on Hopper
+// and `mma` elsewhere; both leave a thread the same elements of the result.
 
+// q_stride and k_stride: elements from row to row of q and dq, and of k, v, dk and dv. Rows of out and grad follow each
+// other.
 #define OPTIONS                                                                                                \
-    int queries, int keys, int heads, int kv_heads, float scale, int causal, int keep, u64 drop_key,           \
-        u32 drop_below, float drop_factor
+    int queries, int keys, int heads, int kv_heads, int q_stride, int k_stride, float scale, int causal,       \
+        int keep, u64 drop_key, u32 drop_below, float drop_factor
 
 constexpr int TILE = 64;
-// Elements from row to row of a tile: eight more than D, so that the eight rows of an ldmatrix hit all banks once.
-constexpr int ROW = D + 8;
 constexpr float LOG2E = 1.44269504f;
 constexpr int STEPS = D / 16;
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool WGMMA = true;
+#else
+constexpr bool WGMMA = false;
+#endif
+// For wgmma a tile is made of parts with rows of at most 128 bytes, whose 16-byte chunks are exchanged within a row as
+// the hardware's swizzle of that width does; parts begin at multiples of 1024 bytes. Otherwise a row has eight elements
+// more than D, so that the eight rows of an ldmatrix hit all banks once.
+constexpr int CHUNKS = D < 64 ? D / 8 : 8;
+constexpr int TILE_SIZE = WGMMA ? TILE * D : TILE * (D + 8);
+
+// Where row r and column c (a multiple of eight) of a tile are.
+__device__ inline int place(int r, int c) {
+    if (!WGMMA) return r * (D + 8) + c;
+    int swizzle = CHUNKS == 8 ? r % 8 : r / 2 % 4;
+    return c / (CHUNKS * 8) * (TILE * CHUNKS * 8) + r * CHUNKS * 8 + (c / 8 % CHUNKS ^ swizzle) * 8;
+}
+
+// The block's tiles, where shared memory is first aligned as they have to be.
+__device__ inline T *aligned(T *shared) {
+    return (T *)(((u64)shared + 1023) / 1024 * 1024);
+}
 
 __device__ inline float exp2_fast(float x) {
     float y;
@@ -54,20 +78,20 @@ __device__ inline void ldmatrix_transposed(u32 *r, const T *p) {
 // Left operand: 16 rows from `row`, 16 columns from `column` of a tile.
 __device__ inline void left(u32 *a, const T *tile, int row, int column) {
     int lane = threadIdx.x % 32;
-    ldmatrix(a, tile + (row + lane % 16) * ROW + column + lane / 16 * 8);
+    ldmatrix(a, tile + place(row + lane % 16, column + lane / 16 * 8));
 }
 
 // Right operand from a tile whose rows are the product's columns: columns n .. n + 16 in two halves (r[0], r[1]) and
 // (r[2], r[3]), depth k .. k + 16.
 __device__ inline void right(u32 *r, const T *tile, int n, int k) {
     int lane = threadIdx.x % 32;
-    ldmatrix(r, tile + (n + lane / 16 * 8 + lane % 8) * ROW + k + lane / 8 % 2 * 8);
+    ldmatrix(r, tile + place(n + lane / 16 * 8 + lane % 8, k + lane / 8 % 2 * 8));
 }
 
 // The same from a tile whose rows are the product's depth.
 __device__ inline void right_by_depth(u32 *r, const T *tile, int n, int k) {
     int lane = threadIdx.x % 32;
-    ldmatrix_transposed(r, tile + (k + lane % 16) * ROW + n + lane / 16 * 8);
+    ldmatrix_transposed(r, tile + place(k + lane % 16, n + lane / 16 * 8));
 }
 
 // Starts copying rows `first` .. `first` + TILE of a matrix into a tile; rows from `limit` on become 0.
@@ -77,7 +101,7 @@ __device__ inline void fetch(T *tile, const T *matrix, long long stride, int fir
         bool in = first + r < limit;
         const T *from = matrix + (in ? first + r : 0) * stride + k;
         int bytes = in ? 16 : 0;
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(tile + r * ROW + k)),
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(tile + place(r, k))),
                      "l"(from), "r"(bytes));
     }
 }
@@ -86,8 +110,110 @@ __device__ inline void commit() { asm volatile("cp.async.commit_group;"); }
 
 template <int LEFT> __device__ inline void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT)); }
 
-// product[n] += left (in registers) times the tile's rows as columns: scores of 64 columns.
-__device__ inline void by_rows(float (*s)[4], const u32 (*a)[4], const T *tile) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// What wgmma knows of a right operand: its first element, the swizzle, and the bytes between groups of eight rows.
+__device__ inline u64 describe(const T *p) {
+    constexpr u64 GROUP = 8 * CHUNKS * 16, MODE = CHUNKS == 8 ? 1 : 2;
+    return (shared_address(p) & 0x3FFFF) >> 4 | 1ull << 16 | GROUP / 16 << 32 | MODE << 62;
+}
+
+// d (64 rows of the block by 8 * N columns) += left (in registers) times right, whose tile's rows are the product's depth.
+template <int N> __device__ inline void wgmma(float (*d)[4], const u32 *a, u64 right) {
+    if constexpr (N == 8)
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,"
+                     "%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, 1, 1, 1, 1;\n"
+                     : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]),
+                       "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
+                       "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]),
+                       "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
+                       "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]),
+                       "+f"(d[7][2]), "+f"(d[7][3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(right));
+    else
+        asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+                     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, 1, 1, 1, 1;\n"
+                     : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]),
+                       "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
+                       "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(right));
+}
+
+__device__ inline void fence_registers() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ inline void wait_for_products() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
+
+// The compiler must not move what it does with these registers over this point.
+template <int N> __device__ inline void settled(float (&d)[N][4]) {
+#pragma unroll
+    for (int n = 0; n < N; n++)
+        asm volatile("" : "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])::"memory");
+}
+
+template <int N> __device__ inline void settled(u32 (&a)[N][4]) {
+#pragma unroll
+    for (int n = 0; n < N; n++)
+        asm volatile("" : "+r"(a[n][0]), "+r"(a[n][1]), "+r"(a[n][2]), "+r"(a[n][3])::"memory");
+}
+
+// What this thread has copied to shared memory is seen by wgmma after the next barrier.
+__device__ inline void arrived() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// The same for 64 columns, with a left operand from a tile's rows and a right operand whose rows are the columns.
+__device__ inline void wgmma_shared(float (*d)[4], u64 left, u64 right, int add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,"
+                 "%26,%27,%28,%29,%30,%31}, %32, %33, p, 1, 1, 0, 0;}\n"
+                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]),
+                   "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
+                   "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]),
+                   "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
+                   "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]),
+                   "+f"(d[7][2]), "+f"(d[7][3])
+                 : "l"(left), "l"(right), "r"(add));
+}
+
+// The k-th sixteen columns of a tile.
+__device__ inline u64 columns(const T *tile, int k) {
+    return describe(tile + k * 16 / (CHUNKS * 8) * (TILE * CHUNKS * 8) + k * 16 % (CHUNKS * 8));
+}
+
+// product[n] = `left`, the block's whole tile, times the tile's rows as columns: scores of 64 columns. The registers `a`
+// are free: with a left operand that is kept in registers over a loop, ptxas 13.0 gives them to others in between.
+__device__ inline void held(u32 (*a)[4], const T *left, int warp) {}
+
+__device__ inline void by_rows(float (*s)[4], const u32 (*a)[4], const T *left, const T *tile) {
+#pragma unroll
+    for (int k = 0; k < STEPS; k++) wgmma_shared(s, columns(left, k), columns(tile, k), k > 0);
+}
+
+// product[n] += weights (64 columns, packed) times the tile: D columns.
+__device__ inline void by_depth(float (*o)[4], const u32 (*a)[4], const T *tile) {
+#pragma unroll
+    for (int k = 0; k < TILE / 16; k++)
+#pragma unroll
+        for (int part = 0; part < D / (CHUNKS * 8); part++)
+            wgmma<CHUNKS>(o + part * CHUNKS, a[k], describe(tile + (part * TILE + k * 16) * CHUNKS * 8));
+}
+#else
+__device__ inline void fence_registers() {}
+__device__ inline void wait_for_products() {}
+template <int N> __device__ inline void settled(float (&d)[N][4]) {}
+template <int N> __device__ inline void settled(u32 (&a)[N][4]) {}
+__device__ inline void arrived() {}
+
+// A warp's rows of a tile as left operand.
+__device__ inline void held(u32 (*a)[4], const T *tile, int warp) {
+    for (int i = 0; i < STEPS; i++) left(a[i], tile, warp * 16, i * 16);
+}
+
+__device__ inline void by_rows(float (*s)[4], const u32 (*a)[4], const T *, const T *tile) {
+    for (int n = 0; n < TILE / 8; n++)
+        for (int c = 0; c < 4; c++) s[n][c] = 0.0f;
 #pragma unroll
     for (int k = 0; k < STEPS; k++)
 #pragma unroll
@@ -99,19 +225,40 @@ __device__ inline void by_rows(float (*s)[4], const u32 (*a)[4], const T *tile) 
         }
 }
 
-// product[n] += weights (64 columns, in accumulator layout) times the tile: D columns.
-__device__ inline void by_depth(float (*o)[4], float (*p)[4], const T *tile) {
+__device__ inline void by_depth(float (*o)[4], const u32 (*a)[4], const T *tile) {
 #pragma unroll
-    for (int k = 0; k < TILE / 16; k++) {
-        u32 a[4] = {pack2(p[2 * k][0], p[2 * k][1]), pack2(p[2 * k][2], p[2 * k][3]),
-                    pack2(p[2 * k + 1][0], p[2 * k + 1][1]), pack2(p[2 * k + 1][2], p[2 * k + 1][3])};
+    for (int k = 0; k < TILE / 16; k++)
 #pragma unroll
         for (int n = 0; n < STEPS; n++) {
             u32 r[4];
             right_by_depth(r, tile, n * 16, k * 16);
-            mma(o[2 * n], a, r[0], r[1]);
-            mma(o[2 * n + 1], a, r[2], r[3]);
+            mma(o[2 * n], a[k], r[0], r[1]);
+            mma(o[2 * n + 1], a[k], r[2], r[3]);
         }
+}
+#endif
+
+// Before the first of some products: the registers they read and add to are written, and what they read in shared memory
+// has arrived.
+template <class... Registers> __device__ inline void products(Registers &...r) {
+    (settled(r), ...);
+    fence_registers();
+}
+
+// After the last of some products: their results may be read.
+template <class... Results> __device__ inline void finish(Results &...d) {
+    wait_for_products();
+    (settled(d), ...);
+}
+
+// Weights in a result's layout become a left operand.
+__device__ inline void packed(u32 (*a)[4], float (*p)[4]) {
+#pragma unroll
+    for (int k = 0; k < TILE / 16; k++) {
+        a[k][0] = pack2(p[2 * k][0], p[2 * k][1]);
+        a[k][1] = pack2(p[2 * k][2], p[2 * k][3]);
+        a[k][2] = pack2(p[2 * k + 1][0], p[2 * k + 1][1]);
+        a[k][3] = pack2(p[2 * k + 1][2], p[2 * k + 1][3]);
     }
 }
 
@@ -138,7 +285,7 @@ __device__ inline int before(float y, float x, bool lower) { return lower ? y >=
 // two that are equal otherwise is larger. What differs by less than 4 units in the last place counts as equal here.
 __device__ inline float marked(float x, int place) {
     // Infinity with marks would be no number.
-    u32 bits = __float_as_uint(fmaxf(x, -3e38f));
+    u32 bits = __float_as_uint(fminf(fmaxf(x, -3e38f), 3e38f));
     // Of negative numbers those with smaller bits are larger.
     return __uint_as_float((bits & ~3u) | (bits >> 31 ? place : 3 - place));
 }
@@ -229,15 +376,18 @@ __device__ inline float drop(u32 index, u64 key, u32 below, float factor) {
     return !below ? 1.0f : random_bits(key, index) < below ? 0.0f : factor;
 }
 
+// Three blocks to a multiprocessor where their registers suffice for the pattern.
+#define BLOCK __launch_bounds__(128, WGMMA && D <= 64 && OF < 16 ? 3 : 1)
+
 // Block (64 queries, batch and head). `log_sums` [batch, heads, queries] is null when no backward follows.
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void BLOCK
     forward(T *out, float *log_sums, const T *q, const T *k, const T *v, const u8 *mask, OPTIONS) {
-    extern __shared__ __align__(16) T tiles[];
+    extern __shared__ __align__(16) T shared[];
+    T *const tiles = aligned(shared);
     T *const query = tiles;
     const float unit = scale * LOG2E;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * TILE;
     int h = blockIdx.y % heads, b = blockIdx.y / heads, g = h / (heads / kv_heads);
-    long long q_stride = (long long)heads * D, k_stride = (long long)kv_heads * D;
     q += (long long)b * queries * q_stride + h * D;
     k += (long long)b * keys * k_stride + g * D;
     v += (long long)b * keys * k_stride + g * D;
@@ -245,14 +395,19 @@ extern "C" __global__ void __launch_bounds__(128)
     int seen = causal ? keys - queries + 1 : keys;
     int most = causal ? min(first + TILE, queries) - 1 + seen : keys;
     int count = most <= 0 ? 0 : (min(most, keys) + TILE - 1) / TILE;
-    auto tile = [&](int t, int which) { return tiles + (1 + 2 * (t % 2) + which) * TILE * ROW; };
+    auto tile = [&](int t, int which) { return tiles + (1 + 2 * (t % 2) + which) * TILE_SIZE; };
     fetch(query, q, q_stride, first, queries);
+    commit();
     fetch(tile(0, 0), k, k_stride, 0, keys);
     fetch(tile(0, 1), v, k_stride, 0, keys);
     commit();
     int row = first + warp * 16 + lane / 4;
     float o[D / 8][4] = {}, top[2] = {minus_infinity(), minus_infinity()}, sum[2] = {};
+    wait<1>();
+    arrived();
+    __syncthreads();
     u32 a[STEPS][4];
+    held(a, query, warp);
     for (int t = 0; t < count; t++) {
         if (t + 1 < count) {
             fetch(tile(t + 1, 0), k, k_stride, (t + 1) * TILE, keys);
@@ -260,12 +415,13 @@ extern "C" __global__ void __launch_bounds__(128)
         }
         commit();
         wait<1>();
+        arrived();
         __syncthreads();
-        if (t == 0)
-            for (int i = 0; i < STEPS; i++) left(a[i], query, warp * 16, i * 16);
-        float s[8][4] = {};
+        float s[8][4];
         bool kept[8][4];
-        by_rows(s, a, tile(t, 0));
+        products();
+        by_rows(s, a, query, tile(t, 0));
+        finish(s);
         close(s, t * TILE, row, keys, causal ? seen : 2 * keys, mask ? mask + (long long)b * keys : mask);
         survivors_of_columns(s, kept, keep);
 #pragma unroll
@@ -300,7 +456,11 @@ extern "C" __global__ void __launch_bounds__(128)
                     s[n][c] = p;
                 }
         }
-        by_depth(o, s, tile(t, 1));
+        u32 weights[TILE / 16][4];
+        packed(weights, s);
+        products(o, weights);
+        by_depth(o, weights, tile(t, 1));
+        finish(o);
         __syncthreads();
     }
     wait<0>();
@@ -311,7 +471,7 @@ extern "C" __global__ void __launch_bounds__(128)
         int i = row + 8 * r;
         if (i >= queries) continue;
         float inverse = sum[r] == 0.0f ? 0.0f : 1.0f / sum[r];
-        T *to = out + ((long long)b * queries + i) * q_stride + h * D + lane % 4 * 2;
+        T *to = out + (((long long)b * queries + i) * heads + h) * D + lane % 4 * 2;
 #pragma unroll
         for (int n = 0; n < D / 8; n++)
             *(u32 *)(to + n * 8) = pack2(o[n][2 * r] * inverse, o[n][2 * r + 1] * inverse);
@@ -341,35 +501,33 @@ extern "C" __global__ void row_products(float *along, const T *grad, const T *ou
 }
 
 // Block (64 queries, batch and head): the queries' gradient.
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void BLOCK
     queries_backward(T *dq, const T *grad, const float *log_sums, const float *along, const T *q, const T *k,
                      const T *v, const u8 *mask, OPTIONS) {
-    extern __shared__ __align__(16) T tiles[];
+    extern __shared__ __align__(16) T shared[];
+    T *const tiles = aligned(shared);
     const float unit = scale * LOG2E;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * TILE;
     int h = blockIdx.y % heads, b = blockIdx.y / heads, g = h / (heads / kv_heads);
-    long long q_stride = (long long)heads * D, k_stride = (long long)kv_heads * D;
     long long at_q = (long long)b * queries * q_stride + h * D;
     k += (long long)b * keys * k_stride + g * D;
     v += (long long)b * keys * k_stride + g * D;
     int seen = causal ? keys - queries + 1 : keys;
     int most = causal ? min(first + TILE, queries) - 1 + seen : keys;
     int count = most <= 0 ? 0 : (min(most, keys) + TILE - 1) / TILE;
-    auto tile = [&](int t, int which) { return tiles + (2 * (t % 2) + which) * TILE * ROW; };
-    // Queries and output gradients go through the second pair of tiles into registers.
-    fetch(tile(1, 0), q + at_q, q_stride, first, queries);
-    fetch(tile(1, 1), grad + at_q, q_stride, first, queries);
+    T *const query = tiles, *const slope = tiles + TILE_SIZE;
+    auto tile = [&](int t, int which) { return tiles + (2 + 2 * (t % 2) + which) * TILE_SIZE; };
+    fetch(query, q + at_q, q_stride, first, queries);
+    fetch(slope, grad + ((long long)b * queries * heads + h) * D, heads * D, first, queries);
     fetch(tile(0, 0), k, k_stride, 0, keys);
     fetch(tile(0, 1), v, k_stride, 0, keys);
     commit();
     wait<0>();
+    arrived();
     __syncthreads();
     u32 a[STEPS][4], d[STEPS][4];
-    for (int i = 0; i < STEPS; i++) {
-        left(a[i], tile(1, 0), warp * 16, i * 16);
-        left(d[i], tile(1, 1), warp * 16, i * 16);
-    }
-    __syncthreads();
+    held(a, query, warp);
+    held(d, slope, warp);
     int row = first + warp * 16 + lane / 4;
     float log_sum[2], dot[2];
     for (int r = 0; r < 2; r++) {
@@ -386,11 +544,14 @@ extern "C" __global__ void __launch_bounds__(128)
         }
         commit();
         wait<1>();
+        arrived();
         __syncthreads();
-        float s[8][4] = {}, dp[8][4] = {};
+        float s[8][4], dp[8][4];
         bool kept[8][4];
-        by_rows(s, a, tile(t, 0));
-        by_rows(dp, d, tile(t, 1));
+        products();
+        by_rows(s, a, query, tile(t, 0));
+        by_rows(dp, d, slope, tile(t, 1));
+        finish(s, dp);
         close(s, t * TILE, row, keys, causal ? seen : 2 * keys, mask ? mask + (long long)b * keys : mask);
         survivors_of_columns(s, kept, keep);
 #pragma unroll
@@ -405,13 +566,17 @@ extern "C" __global__ void __launch_bounds__(128)
                 float p = exp2_fast(s[n][c] * unit - log_sum[c / 2]);
                 s[n][c] = p * (factor * dp[n][c] - dot[c / 2]);
             }
-        by_depth(o, s, tile(t, 0));
+        u32 slopes[TILE / 16][4];
+        packed(slopes, s);
+        products(o, slopes);
+        by_depth(o, slopes, tile(t, 0));
+        finish(o);
         __syncthreads();
     }
     wait<0>();
     for (int r = 0; r < 2; r++) {
         if (row + 8 * r >= queries) continue;
-        T *to = dq + at_q + (row + 8 * r) * q_stride + lane % 4 * 2;
+        T *to = dq + at_q + (long long)(row + 8 * r) * q_stride + lane % 4 * 2;
 #pragma unroll
         for (int n = 0; n < D / 8; n++) *(u32 *)(to + n * 8) = pack2(o[n][2 * r] * scale, o[n][2 * r + 1] * scale);
     }
@@ -419,27 +584,26 @@ extern "C" __global__ void __launch_bounds__(128)
 
 // Block (64 keys, batch and key head): gradients of keys and values, over the queries of all heads that share them, in
 // one order.
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void BLOCK
     keys_backward(T *dk, T *dv, const T *grad, const float *log_sums, const float *along, const T *q, const T *k,
                   const T *v, const u8 *mask, OPTIONS) {
-    extern __shared__ __align__(16) T tiles[];
+    extern __shared__ __align__(16) T shared[];
+    T *const tiles = aligned(shared);
     __shared__ float column_log_sum[2][TILE], column_dot[2][TILE];
     const float unit = scale * LOG2E;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * TILE;
     int g = blockIdx.y % kv_heads, b = blockIdx.y / kv_heads, group = heads / kv_heads;
-    long long q_stride = (long long)heads * D, k_stride = (long long)kv_heads * D;
     long long at_k = (long long)b * keys * k_stride + g * D;
     int seen = causal ? keys - queries + 1 : keys;
     // Queries before this see none of the block's keys.
     int begin = causal ? max(0, first + 1 - seen) / TILE : 0, blocks = (queries + TILE - 1) / TILE - begin;
     int count = blocks <= 0 ? 0 : group * blocks;
-    T *const key = tiles, *const value = tiles + TILE * ROW;
-    auto tile = [&](int t, int which) { return tiles + (2 + 2 * (t % 2) + which) * TILE * ROW; };
+    T *const key = tiles, *const value = tiles + TILE_SIZE;
+    auto tile = [&](int t, int which) { return tiles + (2 + 2 * (t % 2) + which) * TILE_SIZE; };
     auto start = [&](int t) {
         int h = g * group + t / blocks, from = (begin + t % blocks) * TILE;
-        long long at_q = (long long)b * queries * q_stride + h * D;
-        fetch(tile(t, 0), q + at_q, q_stride, from, queries);
-        fetch(tile(t, 1), grad + at_q, q_stride, from, queries);
+        fetch(tile(t, 0), q + (long long)b * queries * q_stride + h * D, q_stride, from, queries);
+        fetch(tile(t, 1), grad + ((long long)b * queries * heads + h) * D, heads * D, from, queries);
         if (threadIdx.x < TILE) {
             int i = from + threadIdx.x;
             long long at = ((long long)b * heads + h) * queries + i;
@@ -464,17 +628,20 @@ extern "C" __global__ void __launch_bounds__(128)
         if (t + 1 < count) start(t + 1);
         commit();
         wait<1>();
+        arrived();
         __syncthreads();
         // Wide heads have no registers to keep these.
-        if (t == 0 || D > 64)
-            for (int i = 0; i < STEPS; i++) {
-                left(a[i], key, warp * 16, i * 16);
-                left(d[i], value, warp * 16, i * 16);
-            }
+        if (t == 0 || D > 64) {
+            held(a, key, warp);
+            held(d, value, warp);
+        }
         int h = g * group + t / blocks, from = (begin + t % blocks) * TILE;
-        float s[8][4] = {};
+        float s[8][4], dp[8][4], thin[8][4];
         bool kept[8][4];
-        by_rows(s, a, tile(t, 0));
+        products();
+        by_rows(s, a, key, tile(t, 0));
+        by_rows(dp, d, value, tile(t, 1));
+        finish(s, dp);
         if (!open_all || (causal && from + seen <= first + TILE - 1))
 #pragma unroll
             for (int n = 0; n < 8; n++)
@@ -485,8 +652,6 @@ extern "C" __global__ void __launch_bounds__(128)
                     if (!open) s[n][c] = minus_infinity();
                 }
         survivors_of_rows(s, kept, keep);
-        float dp[8][4] = {}, thin[8][4];
-        by_rows(dp, d, tile(t, 1));
 #pragma unroll
         for (int n = 0; n < 8; n++)
 #pragma unroll
@@ -501,14 +666,19 @@ extern "C" __global__ void __launch_bounds__(128)
                 thin[n][c] = factor * p;
                 s[n][c] = p * (factor * dp[n][c] - column_dot[t % 2][column]);
             }
-        by_depth(ov, thin, tile(t, 1));
-        by_depth(ok, s, tile(t, 0));
+        u32 weights[TILE / 16][4], slopes[TILE / 16][4];
+        packed(weights, thin);
+        packed(slopes, s);
+        products(ov, ok, weights, slopes);
+        by_depth(ov, weights, tile(t, 1));
+        by_depth(ok, slopes, tile(t, 0));
+        finish(ov, ok);
         __syncthreads();
     }
     wait<0>();
     for (int r = 0; r < 2; r++) {
         if (row + 8 * r >= keys) continue;
-        long long at = at_k + (row + 8 * r) * k_stride + lane % 4 * 2;
+        long long at = at_k + (long long)(row + 8 * r) * k_stride + lane % 4 * 2;
 #pragma unroll
         for (int n = 0; n < D / 8; n++) {
             *(u32 *)(dk + at + n * 8) = pack2(ok[n][2 * r] * scale, ok[n][2 * r + 1] * scale);

@@ -14,11 +14,10 @@ const TILE: usize = 64;
 const WIDTHS: [usize; 3] = [32, 64, 128];
 const GROUPS: [usize; 4] = [0, 4, 8, 16];
 
-/// Whether there are kernels for this attention of `q`.
-pub(super) fn takes(q: &Tensor, s: &Attention) -> bool {
+/// Whether there are kernels for this attention of `q` with heads of `width`.
+pub(super) fn takes(q: &Tensor, width: usize, s: &Attention) -> bool {
     let most = i32::MAX as usize / 2;
-    let width = q.width() / s.heads;
-    // What the keys' gradient takes, the most of the three, with the 1 KiB that it declares.
+    // What the keys' gradient takes, with the 1 KiB that it declares, the most of all.
     let shared = grid(0, 0, 6, width).shared as usize + 1024;
     q.dtype() == DType::Bf16
         && WIDTHS.contains(&width)
@@ -27,6 +26,38 @@ pub(super) fn takes(q: &Tensor, s: &Attention) -> bool {
         && s.queries < most
         && s.keys < most
         && s.batch * s.heads <= u16::MAX as usize
+}
+
+/// Queries, keys and values, or their gradients: where the first element of each is, and the elements from row to row
+/// of queries, and of keys and values.
+#[derive(Clone, Copy)]
+pub(super) struct Operands {
+    q: Arg,
+    k: Arg,
+    v: Arg,
+    strides: [usize; 2],
+    /// Of a head.
+    width: usize,
+}
+
+impl Operands {
+    pub(super) fn apart(q: &Tensor, k: &Tensor, v: &Tensor, s: &Attention) -> Self {
+        let [q_at, k_at, v_at] = [q, k, v].map(|t| t.memory().into());
+        Operands { q: q_at, k: k_at, v: v_at, strides: [q.width(), k.width()], width: q.width() / s.heads }
+    }
+
+    /// Side by side in the rows of one tensor.
+    pub(super) fn joint(qkv: &Tensor, s: &Attention) -> Self {
+        let width = qkv.width() / (s.heads + 2 * s.kv_heads);
+        let bytes = |heads: usize| (heads * width * qkv.dtype().size()) as u64;
+        let at = |heads| match qkv.memory().address() {
+            // Nothing was allocated, because the GPU has failed, and nothing will be launched.
+            0 => Arg::Pointer(0),
+            first => Arg::Pointer(first + bytes(heads)),
+        };
+        let (q, k, v) = (at(0), at(s.heads), at(s.heads + s.kv_heads));
+        Operands { q, k, v, strides: [qkv.width(); 2], width }
+    }
 }
 
 /// Every variant that [`takes`] lets through.
@@ -41,7 +72,7 @@ fn variant(width: usize, group: usize) -> Variant {
 }
 
 /// What kernels take last, and the variant to take them from.
-fn options(s: &Attention, width: usize, drop: Option<Drop>) -> (Variant, [Arg; 10]) {
+fn options(s: &Attention, operands: &Operands, drop: Option<Drop>) -> (Variant, [Arg; 12]) {
     let (keep, of) = s.pattern.unwrap_or((0, 0));
     let d = drop.unwrap_or(Drop { key: 0, below: 0, factor: 1.0 });
     let arguments = [
@@ -49,6 +80,8 @@ fn options(s: &Attention, width: usize, drop: Option<Drop>) -> (Variant, [Arg; 1
         (s.keys as i32).into(),
         (s.heads as i32).into(),
         (s.kv_heads as i32).into(),
+        (operands.strides[0] as i32).into(),
+        (operands.strides[1] as i32).into(),
         s.scale.into(),
         i32::from(s.causal).into(),
         (keep as i32).into(),
@@ -56,7 +89,7 @@ fn options(s: &Attention, width: usize, drop: Option<Drop>) -> (Variant, [Arg; 1
         d.below.into(),
         d.factor.into(),
     ];
-    (variant(width, of), arguments)
+    (variant(operands.width, of), arguments)
 }
 
 /// A block of four warps for each 64 of `rows` and each of `heads`, with `tiles` tiles of shared memory.
@@ -68,50 +101,43 @@ fn grid(rows: usize, heads: usize, tiles: usize, width: usize) -> Grid {
 /// The output and, if `keep`, the logarithm (base 2) of each softmax's sum, f32 `[batch, heads, queries]`.
 pub(super) fn forward(
     gpu: Gpu,
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
+    of: Operands,
     s: &Attention,
     drop: Option<Drop>,
     keep: bool,
 ) -> (Tensor, Option<Tensor>) {
-    let width = q.width() / s.heads;
-    let out = Tensor::stale_of(gpu, q.dtype(), q.shape());
+    let out = Tensor::stale_of(gpu, DType::Bf16, &[s.batch * s.queries, s.heads * of.width]);
     let shape = [s.batch, s.heads, s.queries];
     let log_sums = keep.then(|| Tensor::stale_on(Device::Cuda(gpu), &shape));
     let mask = s.key_mask.as_ref().map(|m| m.on(gpu));
-    let (variant, options) = options(s, width, drop);
+    let (variant, options) = options(s, &of, drop);
     let mut arguments = vec![
         out.memory().into(),
         log_sums.as_ref().map_or(Arg::Pointer(0), |t| t.memory().into()),
-        q.memory().into(),
-        k.memory().into(),
-        v.memory().into(),
+        of.q,
+        of.k,
+        of.v,
         mask.as_deref().map_or(Arg::Pointer(0), Arg::from),
     ];
     arguments.extend(options);
-    gpu.launch(variant, "forward", grid(s.queries, s.batch * s.heads, 5, width), &arguments);
+    gpu.launch(variant, "forward", grid(s.queries, s.batch * s.heads, 5, of.width), &arguments);
     (out, log_sums)
 }
 
-/// The gradients of queries, keys and values. The scores are computed again, twice: once for the queries' sums and
-/// once for the keys', so that every sum has one order.
+/// Writes the gradients of queries, keys and values to the second of `operands`, which lie as the first do. The scores
+/// are computed again, twice: once for the queries' sums and once for the keys', so that every sum has one order.
 pub(super) fn backward(
     gpu: Gpu,
     grad: &Tensor,
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
+    [of, gradients]: [Operands; 2],
     log_sums: &Tensor,
     out: &Tensor,
     s: &Attention,
     drop: Option<Drop>,
-) -> (Tensor, Tensor, Tensor) {
-    let width = q.width() / s.heads;
-    let [dq, dk, dv] = [q, k, v].map(|x| Tensor::stale_of(gpu, x.dtype(), x.shape()));
+) {
     let along = Tensor::stale_on(Device::Cuda(gpu), log_sums.shape());
     let mask = s.key_mask.as_ref().map(|m| m.on(gpu));
-    let (variant, options) = options(s, width, drop);
+    let (variant, options) = options(s, &of, drop);
     let rows = log_sums.len();
     let arguments = [
         along.memory().into(),
@@ -121,22 +147,26 @@ pub(super) fn backward(
         (s.queries as i32).into(),
         (s.heads as i32).into(),
     ];
-    gpu.launch(variant.clone(), "row_products", Grid::blocks((rows * width / 8).div_ceil(256)), &arguments);
+    gpu.launch(
+        variant.clone(),
+        "row_products",
+        Grid::blocks((rows * of.width / 8).div_ceil(256)),
+        &arguments,
+    );
     let mut shared: Vec<Arg> = vec![
         grad.memory().into(),
         log_sums.memory().into(),
         along.memory().into(),
-        q.memory().into(),
-        k.memory().into(),
-        v.memory().into(),
+        of.q,
+        of.k,
+        of.v,
         mask.as_deref().map_or(Arg::Pointer(0), Arg::from),
     ];
     shared.extend(options);
-    let arguments: Vec<Arg> = [dq.memory().into()].into_iter().chain(shared.iter().copied()).collect();
-    let of_queries = grid(s.queries, s.batch * s.heads, 4, width);
+    let arguments: Vec<Arg> = [gradients.q].into_iter().chain(shared.iter().copied()).collect();
+    let of_queries = grid(s.queries, s.batch * s.heads, 6, of.width);
     gpu.launch(variant.clone(), "queries_backward", of_queries, &arguments);
-    let arguments: Vec<Arg> = [dk.memory().into(), dv.memory().into()].into_iter().chain(shared).collect();
-    let of_keys = grid(s.keys, s.batch * s.kv_heads, 6, width);
+    let arguments: Vec<Arg> = [gradients.k, gradients.v].into_iter().chain(shared).collect();
+    let of_keys = grid(s.keys, s.batch * s.kv_heads, 6, of.width);
     gpu.launch(variant, "keys_backward", of_keys, &arguments);
-    (dq, dk, dv)
 }

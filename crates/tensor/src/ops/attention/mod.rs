@@ -79,6 +79,35 @@ pub fn attention(tape: &Tape, q: &Var, k: &Var, v: &Var, spec: &Attention) -> Va
     })
 }
 
+/// Whether [`attention_joint`] can attend to `qkv` as `spec` says.
+pub fn takes_joint(qkv: &Tensor, spec: &Attention) -> bool {
+    let columns = spec.heads + 2 * spec.kv_heads;
+    let width = qkv.width() / columns;
+    qkv.width() == width * columns && flash::takes(qkv, width, spec)
+}
+
+/// [`attention`] of queries, keys and values that one linear map made, side by side in the rows of `qkv`
+/// `[batch * queries, (heads + 2 * kv_heads) * d]`; there are as many keys as queries. Where [`takes_joint`] says so.
+pub fn attention_joint(tape: &Tape, qkv: &Var, spec: &Attention) -> Var {
+    assert!(
+        takes_joint(qkv.value(), spec) && spec.queries == spec.keys,
+        "joint attention of {:?}",
+        qkv.shape()
+    );
+    let Device::Cuda(gpu) = qkv.value().device() else { unreachable!("no CPU takes it") };
+    let weights = spec.batch * spec.heads * spec.queries * spec.keys;
+    let drop = Drop::next(tape, spec.dropout, weights);
+    let (out, log_sums) =
+        flash::forward(gpu, flash::Operands::joint(qkv.value(), spec), spec, drop, tape.tracks(&[qkv]));
+    let (qkv2, out2, spec) = (qkv.clone(), out.clone(), spec.clone());
+    tape.push(out, &[qkv], move |grad, grads| {
+        let grads_of = Tensor::stale_of(gpu, grad.dtype(), qkv2.shape());
+        let of = [qkv2.value(), &grads_of].map(|t| flash::Operands::joint(t, &spec));
+        flash::backward(gpu, grad, of, &log_sums.expect("kept when tracked"), &out2, &spec, drop);
+        grads.add(&qkv2, grads_of);
+    })
+}
+
 /// [`attention`] without a tape, and so without dropout.
 pub fn apply(q: &Tensor, k: &Tensor, v: &Tensor, spec: &Attention) -> Tensor {
     compute(q, k, v, spec, None, false).0
@@ -344,9 +373,17 @@ mod tests {
     fn tensor_cores_agree_with_the_cpu() {
         let mut cases = Vec::new();
         for width in [32, 64, 128] {
-            for pattern in [None, Some((2, 4)), Some((1, 8)), Some((3, 16)), Some((2, 32))] {
+            for pattern in
+                [None, Some((2, 4)), Some((1, 4)), Some((3, 4)), Some((1, 8)), Some((3, 16)), Some((2, 32))]
+            {
                 let mut s = spec(2, 133, 133, 2);
                 (s.scale, s.pattern) = (1.0 / (width as f32).sqrt(), pattern);
+                // More queries than keys, so that the first see none; then a sequence without keys.
+                let mut few = Attention { keys: 70, causal: true, ..s.clone() };
+                cases.push((few.clone(), width));
+                (few.causal, few.key_mask) =
+                    (false, Some((0..140).map(|i| i < 70).collect::<Vec<bool>>().into()));
+                cases.push((few, width));
                 s.key_mask = Some((0..266).map(|i| i % 133 < 70 + i / 4).collect::<Vec<bool>>().into());
                 cases.push((s.clone(), width));
                 (s.causal, s.dropout) = (true, 0.1);
@@ -380,6 +417,126 @@ mod tests {
                     assert!(relative < 1e-2, "{what} on {device:?}: {relative:.4} off, width {width}, {s:?}");
                 }
                 device.check().unwrap();
+            }
+        }
+    }
+
+    /// What `s` makes of `x` (queries, keys, values) in bf16 on a GPU, or in f32 of the same numbers on a CPU, where
+    /// the output's gradient is `grad`: output and gradients.
+    fn run_half(device: Device, s: &Attention, x: [&Tensor; 3], grad: &Tensor) -> [Vec<f32>; 4] {
+        let tape = Tape::recording();
+        let on = |t: &Tensor| if device == Device::Cpu { t.clone() } else { t.to_bf16().to(device) };
+        let x = x.map(|t| tape.leaf(on(t)));
+        let out = attention(&tape, &x[0], &x[1], &x[2], s);
+        let loss = dot(&tape, &out, grad);
+        let mut grads = tape.backward(&loss);
+        let [q, k, v] = x.map(|v| grads.take(&v).unwrap());
+        device.check().unwrap();
+        [out.value().clone(), q, k, v].map(|t| t.to(Device::Cpu).to_f32().f32().to_vec())
+    }
+
+    /// Queries, keys and values side by side give the bits that they give apart.
+    #[test]
+    fn joint_is_what_the_parts_are() {
+        for device in devices().into_iter().filter(|d| *d != Device::Cpu) {
+            for (width, kv_heads, pattern, dropout) in
+                [(64, 4, None, 0.0), (64, 2, Some((2, 4)), 0.2), (32, 1, None, 0.1), (128, 4, None, 0.0)]
+            {
+                let mut s = spec(2, 133, 133, 4);
+                (s.scale, s.kv_heads, s.pattern, s.dropout) = (0.1, kv_heads, pattern, dropout);
+                s.key_mask = Some((0..266).map(|i| i % 133 < 100).collect::<Vec<bool>>().into());
+                let widths = [4 * width, kv_heads * width, kv_heads * width];
+                let x = noise(&[266, widths.iter().sum()], 1).to_bf16();
+                let weights = noise(&[266, 4 * width], 4);
+                let run = |together: bool| {
+                    let tape = Tape::training(3);
+                    let x = tape.leaf(x.to(device));
+                    assert!(takes_joint(x.value(), &s));
+                    let out = if together {
+                        attention_joint(&tape, &x, &s)
+                    } else {
+                        let parts = super::super::select::split_columns(&tape, &x, &widths);
+                        attention(&tape, &parts[0], &parts[1], &parts[2], &s)
+                    };
+                    let loss = dot(&tape, &out, &weights);
+                    let grad = tape.backward(&loss).take(&x).unwrap();
+                    [out.value().to(Device::Cpu), grad.to(Device::Cpu)]
+                };
+                assert!(run(true) == run(false), "{device:?}, width {width}, {s:?}");
+                device.check().unwrap();
+            }
+        }
+    }
+
+    fn identity(n: usize) -> Tensor {
+        Tensor::from_f32((0..n * n).map(|i| f32::from(i % (n + 1) == 0)).collect(), &[n, n])
+    }
+
+    /// Scores that are small integers, so that many tie and every device has the same: with the identity as values the
+    /// output is the thinned softmax, and with the identity as the output's gradient the values' gradient is its
+    /// transpose. Forward and both backward kernels keep the weights that the CPU keeps.
+    #[test]
+    fn tensor_cores_keep_the_lower_of_ties_forward_and_backward() {
+        for width in [32, 64, 128] {
+            let small = |seed, most: f32| {
+                let t = noise(&[width, width], seed);
+                Tensor::from_f32(t.f32().iter().map(|x| (x * most).round()).collect(), t.shape())
+            };
+            let eye = identity(width);
+            for pattern in [(1, 4), (2, 4), (3, 4), (1, 8), (2, 8), (5, 8), (1, 16), (4, 16)] {
+                for (q, causal) in
+                    [(Tensor::zeros(&[width, width]), false), (small(1, 0.5), false), (small(1, 1.4), true)]
+                {
+                    let mut s = spec(1, width, width, 1);
+                    (s.scale, s.pattern, s.causal) = (0.125, Some(pattern), causal);
+                    let k = small(2, 0.6);
+                    let run = |device| run_half(device, &s, [&q, &k, &eye], &eye);
+                    let want = run(Device::Cpu);
+                    for device in devices() {
+                        let got = run(device);
+                        for i in 0..width * width {
+                            let at = format!("{device:?}, {s:?}, width {width}, {i}");
+                            assert_eq!(got[0][i] == 0.0, want[0][i] == 0.0, "forward, {at}");
+                            assert_eq!(got[3][i] == 0.0, want[3][i] == 0.0, "values' gradient, {at}");
+                        }
+                        for (what, (got, want)) in ["out", "dq", "dk", "dv"].iter().zip(got.iter().zip(&want))
+                        {
+                            let want: Vec<f64> = want.iter().map(|&x| x as f64).collect();
+                            close(&format!("{what}, {device:?}, {s:?}"), got, &want, 1e-2);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Scores beyond the largest float: minus infinity is a key that is not seen, plus infinity gives no number.
+    #[test]
+    fn infinite_scores_are_the_cpus_under_a_pattern() {
+        let one = |v: Vec<f32>| {
+            let rows = v.len();
+            Tensor::from_f32(
+                v.iter().flat_map(|&x| [[x].as_slice(), &[0.0; 63]].concat()).collect(),
+                &[rows, 64],
+            )
+        };
+        // Groups with none, one, two, three and four scores of minus infinity.
+        let far = 1e6;
+        let low = [0.0, 0.0, 0.0, 0.0, 0.0, -far, 0.0, 0.0, -far, -far, 0.0, 0.0, -far, -far, -far, 0.0];
+        let keys = one([&low[..], &[-far; 4]].concat());
+        let high = one([&low[..], &[0.0, far, 0.0, 0.0]].concat());
+        let (q, eye) = (one(vec![1e37]), identity(64));
+        let values = Tensor::from_f32(eye.f32()[..20 * 64].to_vec(), &[20, 64]);
+        for pattern in [None, Some((1, 4)), Some((2, 4)), Some((3, 4)), Some((2, 8)), Some((3, 16))] {
+            let mut s = spec(1, 1, 20, 1);
+            (s.scale, s.pattern) = (1.0, pattern);
+            let run =
+                |device, k: &Tensor| run_half(device, &s, [&q, k, &values], &Tensor::full(&[1, 64], 1.0));
+            let want: Vec<f64> = run(Device::Cpu, &keys)[0].iter().map(|&x| x as f64).collect();
+            assert_eq!(want.iter().filter(|&&p| p > 0.0).count() == 10, pattern.is_none());
+            for device in devices() {
+                close(&format!("{device:?}, {pattern:?}"), &run(device, &keys)[0], &want, 1e-2);
+                assert!(run(device, &high)[0].iter().any(|x| x.is_nan()), "{device:?}, {pattern:?}");
             }
         }
     }

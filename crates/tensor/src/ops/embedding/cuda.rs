@@ -43,9 +43,11 @@ pub(super) fn scatter(gpu: Gpu, grad: &Tensor, ids: &[u32], factor: f32, sum: &m
     let distinct = of_parts.windows(2).all(|pair| pair[0] != pair[1]);
     let add = |to: &Tensor, rows: &[u32], factor: f32| {
         let width = grad.width();
-        // 32 columns a block, as the kernel says.
+        // Columns of a block, as the kernel says.
+        let pack = 16 / grad.dtype().size();
+        let columns = if width.is_multiple_of(pack) { 32 * pack } else { 32 };
         let grid =
-            Grid { blocks: [rows.len() as u32, width.div_ceil(32) as u32, 1], threads: 256, shared: 0 };
+            Grid { blocks: [rows.len() as u32, width.div_ceil(columns) as u32, 1], threads: 256, shared: 0 };
         let (rows, starts, order) = (gpu.upload(rows), gpu.upload(&starts), gpu.upload(&order));
         let kernel = if wide { "scatter" } else { "scatter_activations" };
         gpu.launch(

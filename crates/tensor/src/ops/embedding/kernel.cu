@@ -32,26 +32,40 @@ extern "C" __global__ void gather_activations(T *out, LOOKUPS, long long width) 
     gather_row<T>(out, lookups, width);
 }
 
-// sum[ids[k]] += factor * (grad rows order[starts[k]..starts[k + 1]]), for distinct ids: block (k, tile) has 32
-// columns to itself. Its 8 warps take every eighth row, because one id may have all rows (token types), and are
+// sum[ids[k]] += factor * (grad rows order[starts[k]..starts[k + 1]]), for distinct ids: block (k, tile) has 32 times
+// COUNT columns to itself. Its 8 warps take every eighth row, because one id may have all rows (token types), and are
 // then added in order.
+template <int COUNT, class E>
+__device__ inline void scatter_tile(E *sum, const T *grad, const u32 *ids, const u32 *starts, const u32 *order,
+                                    float factor, long long width) {
+    __shared__ float part[8][32 * COUNT];
+    struct alignas(sizeof(T) * COUNT) Some {
+        T v[COUNT];
+    };
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    long long first = blockIdx.y * 32LL * COUNT, c = first + lane * COUNT, end = starts[blockIdx.x + 1];
+    float s[COUNT] = {};
+    if (c < width)
+        for (long long j = (long long)starts[blockIdx.x] + warp; j < end; j += 8) {
+            Some a = *(const Some *)(grad + order[j] * width + c);
+            for (int k = 0; k < COUNT; k++) s[k] += (float)a.v[k];
+        }
+    for (int k = 0; k < COUNT; k++) part[warp][lane * COUNT + k] = s[k];
+    __syncthreads();
+    for (int i = threadIdx.x; i < 32 * COUNT && first + i < width; i += blockDim.x) {
+        float total = part[0][i];
+        for (int w = 1; w < 8; w++) total += part[w][i];
+        E *to = sum + ids[blockIdx.x] * width + first + i;
+        *to = (float)*to + factor * total;
+    }
+}
+
+// Tiles are as wide as the launcher says.
 template <class E>
 __device__ inline void scatter_rows(E *sum, const T *grad, const u32 *ids, const u32 *starts, const u32 *order,
                                     float factor, long long width) {
-    __shared__ float part[8][32];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    long long c = blockIdx.y * 32LL + lane, end = starts[blockIdx.x + 1];
-    float s = 0.0f;
-    if (c < width) {
-        for (long long j = (long long)starts[blockIdx.x] + warp; j < end; j += 8) s += (float)grad[order[j] * width + c];
-    }
-    part[warp][lane] = s;
-    __syncthreads();
-    if (warp == 0 && c < width) {
-        for (int w = 1; w < 8; w++) s += part[w][lane];
-        E *to = sum + ids[blockIdx.x] * width + c;
-        *to = (float)*to + factor * s;
-    }
+    if (width % PACK) scatter_tile<1>(sum, grad, ids, starts, order, factor, width);
+    else scatter_tile<PACK>(sum, grad, ids, starts, order, factor, width);
 }
 
 // Into the gradient of an f32 table.

@@ -1,5 +1,5 @@
 use super::Saved;
-use crate::cuda::reduce::column_sums;
+use crate::cuda::reduce::Strips;
 use crate::cuda::{Arg, Gpu, Grid, Source, source};
 use crate::{Device, Tensor};
 
@@ -44,23 +44,42 @@ pub(super) fn forward(
     (y, saved)
 }
 
-pub(super) fn backward(gpu: Gpu, grad: &Tensor, saved: &Saved, gain: &Tensor) -> (Tensor, Tensor, Tensor) {
+/// Gradients of input, gain and bias, and the column sums of the first.
+pub(super) fn backward(gpu: Gpu, grad: &Tensor, saved: &Saved, gain: &Tensor) -> [Tensor; 4] {
     let (rows, width) = (grad.rows(), grad.width());
     let dx = Tensor::stale_of(gpu, grad.dtype(), grad.shape());
+    let means = Tensor::stale_on(Device::Cuda(gpu), &[rows, 2]);
     gpu.launch(
         SOURCE.of(grad.dtype()),
-        "backward",
+        "backward_means",
         Grid::blocks(rows.div_ceil(ROWS)),
         &[
-            dx.memory().into(),
+            means.memory().into(),
             grad.memory().into(),
             saved.normal.memory().into(),
-            saved.rstd.memory().into(),
             gain.memory().into(),
             rows.into(),
             width.into(),
         ],
     );
-    let [dbias, dgain] = column_sums(gpu, grad, Some(&saved.normal));
-    (dx, dgain.expect("asked for"), dbias.expect("always there"))
+    let strips = Strips::of(gpu, grad, 3);
+    gpu.launch(
+        SOURCE.of(grad.dtype()),
+        if strips.packed { "backward_pack" } else { "backward_1" },
+        strips.grid,
+        &[
+            strips.parts.memory().into(),
+            dx.memory().into(),
+            grad.memory().into(),
+            saved.normal.memory().into(),
+            saved.rstd.memory().into(),
+            means.memory().into(),
+            gain.memory().into(),
+            rows.into(),
+            width.into(),
+            strips.per_part.into(),
+        ],
+    );
+    let [dbias, dgain, sums] = strips.finish(gpu).try_into().expect("three sums");
+    [dx, dgain, dbias, sums]
 }

@@ -88,36 +88,6 @@ __device__ inline void forward_held(T *y, T *normal, float *rstd, const T *x, co
     if (rstd && lane == 0) *rstd = r;
 }
 
-__device__ inline void backward_held(T *dx, const T *grad, const T *normal, float rstd, const float *gain, int width,
-                                     int lane) {
-    float d[HELD][PACK], n[HELD][PACK], sum = 0, along = 0;
-#pragma unroll
-    for (int h = 0; h < HELD; h++) {
-        int c = (h * 32 + lane) * PACK;
-        if (c >= width) continue;
-        float g[PACK];
-        sum_of<PACK>(d[h], grad, nullptr, c);
-        sum_of<PACK>(n[h], normal, nullptr, c);
-        load_floats(gain, c, width, g);
-#pragma unroll
-        for (int k = 0; k < PACK; k++) {
-            d[h][k] *= g[k];
-            sum += d[h][k];
-            along += d[h][k] * n[h][k];
-        }
-    }
-    float mean = warp_sum(sum) / width;
-    along = warp_sum(along) / width;
-#pragma unroll
-    for (int h = 0; h < HELD; h++) {
-        int c = (h * 32 + lane) * PACK;
-        if (c >= width) continue;
-#pragma unroll
-        for (int k = 0; k < PACK; k++) d[h][k] = rstd * (d[h][k] - mean - n[h][k] * along);
-        put<PACK>(dx + c, d[h]);
-    }
-}
-
 // `normal` and `rstd` are null when no backward follows, `residual` when there is none.
 extern "C" __global__ void forward(T *y, T *normal, float *rstd, const T *x, const T *residual, const float *gain,
                                    const float *bias, long long rows, long long width, float eps) {
@@ -133,10 +103,12 @@ extern "C" __global__ void forward(T *y, T *normal, float *rstd, const T *x, con
     else forward_row<1>(y + at, n, s, x + at, r, gain, bias, width, eps, lane);
 }
 
+// Of each row, for the second pass: the means of grad * gain and of grad * gain * normal.
 template <int COUNT>
-__device__ inline void backward_row(T *dx, const T *grad, const T *normal, float rstd, const float *gain,
-                                    long long width, int lane) {
+__device__ inline void means_of_row(float2 *means, const T *grad, const T *normal, const float *gain, long long width,
+                                    int lane) {
     float sum = 0, along = 0, g[COUNT], n[COUNT];
+#pragma unroll 4
     for (long long c = lane * COUNT; c < width; c += 32 * COUNT) {
         sum_of<COUNT>(g, grad, nullptr, c);
         sum_of<COUNT>(n, normal, nullptr, c);
@@ -146,23 +118,48 @@ __device__ inline void backward_row(T *dx, const T *grad, const T *normal, float
             along += d * n[k];
         }
     }
-    float mean = warp_sum(sum) / width;
-    along = warp_sum(along) / width;
-    for (long long c = lane * COUNT; c < width; c += 32 * COUNT) {
-        sum_of<COUNT>(g, grad, nullptr, c);
-        sum_of<COUNT>(n, normal, nullptr, c);
-        for (int k = 0; k < COUNT; k++) g[k] = rstd * (g[k] * gain[c + k] - mean - n[k] * along);
-        put<COUNT>(dx + c, g);
-    }
+    sum = warp_sum(sum);
+    along = warp_sum(along);
+    if (lane == 0) *means = {sum / width, along / width};
 }
 
-extern "C" __global__ void backward(T *dx, const T *grad, const T *normal, const float *rstd, const float *gain,
-                                    long long rows, long long width) {
+extern "C" __global__ void backward_means(float2 *means, const T *grad, const T *normal, const float *gain,
+                                          long long rows, long long width) {
     OWN_ROW;
     if (row >= rows) return;
-    long long at = row * width;
-    if (width % PACK == 0 && width <= HELD * 32 * PACK)
-        backward_held(dx + at, grad + at, normal + at, rstd[row], gain, (int)width, lane);
-    else if (width % PACK == 0) backward_row<PACK>(dx + at, grad + at, normal + at, rstd[row], gain, width, lane);
-    else backward_row<1>(dx + at, grad + at, normal + at, rstd[row], gain, width, lane);
+    if (width % PACK == 0) means_of_row<PACK>(means + row, grad + row * width, normal + row * width, gain, width, lane);
+    else means_of_row<1>(means + row, grad + row * width, normal + row * width, gain, width, lane);
 }
+
+// The input's gradient, and column sums: of grad (the bias' gradient), of grad * normal (the gain's), and of the input's
+// gradient, which is that of the bias of the linear map before.
+template <int COUNT>
+__device__ inline void backward_strip(float *parts, T *dx, const T *grad, const T *normal, const float *rstd,
+                                      const float2 *means, const float *gain, long long rows, long long width,
+                                      long long per_part) {
+    float w[COUNT];
+    long long own = ((long long)blockIdx.x * 32 + threadIdx.x % 32) * COUNT;
+    for (int k = 0; k < COUNT; k++) w[k] = own < width ? gain[own + k] : 0.0f;
+    strip<COUNT, 3>(parts, rows, width, per_part, [&](long long r, long long c, float (*sum)[COUNT]) {
+        Some<COUNT> g = some<COUNT>(grad + r * width + c), n = some<COUNT>(normal + r * width + c), d;
+        float2 mean = means[r];
+        float scale = rstd[r];
+        for (int k = 0; k < COUNT; k++) {
+            float gk = g.v[k], nk = n.v[k];
+            d.v[k] = scale * (gk * w[k] - mean.x - nk * mean.y);
+            sum[0][k] += gk;
+            sum[1][k] += gk * nk;
+            sum[2][k] += (float)d.v[k];
+        }
+        *(Some<COUNT> *)(dx + r * width + c) = d;
+    });
+}
+
+#define BACKWARD(name, COUNT)                                                                                       \
+    extern "C" __global__ void name(float *parts, T *dx, const T *grad, const T *normal, const float *rstd,        \
+                                    const float2 *means, const float *gain, long long rows, long long width,       \
+                                    long long per_part) {                                                           \
+        backward_strip<COUNT>(parts, dx, grad, normal, rstd, means, gain, rows, width, per_part);                   \
+    }
+BACKWARD(backward_pack, PACK)
+BACKWARD(backward_1, 1)

@@ -26,16 +26,25 @@ pub fn layer_norm(tape: &Tape, x: &Var, residual: Option<&Var>, gain: &Var, bias
     let (x2, r2, g2, b2) = (x.clone(), residual.cloned(), gain.clone(), bias.clone());
     tape.push(y, &inputs, move |grad, grads| {
         let saved = saved.expect("kept when tracked");
-        let (dx, dgain, dbias) = match grad.device() {
-            Device::Cpu => cpu::backward(grad, &saved, g2.value()),
-            Device::Cuda(gpu) => cuda::backward(gpu, grad, &saved, g2.value()),
+        let (dx, dgain, dbias, sums) = match grad.device() {
+            Device::Cpu => {
+                let (dx, dgain, dbias) = cpu::backward(grad, &saved, g2.value());
+                (dx, dgain, dbias, None)
+            }
+            Device::Cuda(gpu) => {
+                let [dx, dgain, dbias, sums] = cuda::backward(gpu, grad, &saved, g2.value());
+                (dx, dgain, dbias, Some(sums))
+            }
         };
         grads.add(&g2, dgain);
         grads.add(&b2, dbias);
         if let Some(r) = &r2 {
             grads.add(r, dx.clone());
         }
-        grads.add(&x2, dx);
+        match sums {
+            Some(sums) => grads.add_with_sums(&x2, dx, sums),
+            None => grads.add(&x2, dx),
+        }
     })
 }
 

@@ -6,6 +6,9 @@ use crate::{DType, Device, Tensor};
 
 pub(crate) static SOURCE: Source = source!("linear");
 
+/// Products of bytes, on Hopper alone.
+pub(crate) static BYTES: Source = Source { name: "linear_int8", text: include_str!("int8.cu") };
+
 /// `x` and `w` of one type, the output of type `element`.
 pub(super) fn forward(gpu: Gpu, x: &Tensor, w: &Tensor, bias: Option<&Tensor>, element: DType) -> Tensor {
     let (out, width) = (w.shape()[0], w.shape()[1]);
@@ -82,6 +85,54 @@ pub(super) fn forward_codes(
         );
     }
     y
+}
+
+/// Products of codes as i8 (`[x, w]`): the output and, with `steps` for ranges of columns, its fake-quantised values.
+/// The first is left out unless `keep`.
+pub(super) fn forward_bytes(
+    gpu: Gpu,
+    [x, w]: [&Tensor; 2],
+    [sx, sw]: [&Tensor; 2],
+    bias: Option<&Tensor>,
+    steps: &[Tensor],
+    keep: bool,
+    element: DType,
+) -> (Option<Tensor>, Option<Tensor>) {
+    let (out, width, tokens) = (w.shape()[0], w.shape()[1], x.rows());
+    let range = out / steps.len().max(1);
+    assert!(
+        steps.len() <= 3 && range * steps.len().max(1) == out && range.is_multiple_of(8),
+        "{steps:?} of {out}"
+    );
+    let shape = output_shape(x, out);
+    let y = keep.then(|| Tensor::stale_of(gpu, element, &shape));
+    let z = (!steps.is_empty()).then(|| Tensor::stale_of(gpu, element, &shape));
+    let at = |t: Option<&Tensor>| t.map_or(Arg::Pointer(0), |t| t.memory().into());
+    // Three stages of two tiles of 128 rows and 128 bytes, and what aligns them.
+    let shared = 3 * 2 * 128 * 128 + 1024;
+    let blocks = [out.div_ceil(128) as u32, tokens.div_ceil(128) as u32, 1];
+    gpu.launch(
+        BYTES.of(element),
+        "product",
+        Grid { blocks, threads: 256, shared },
+        &[
+            at(y.as_ref()),
+            at(z.as_ref()),
+            x.memory().into(),
+            w.memory().into(),
+            sx.memory().into(),
+            sw.memory().into(),
+            at(bias),
+            at(steps.first()),
+            at(steps.get(1)),
+            at(steps.get(2)),
+            (range as i32).into(),
+            (tokens as i32).into(),
+            (out as i32).into(),
+            (width as i32).into(),
+        ],
+    );
+    (y, z)
 }
 
 /// `w` with each row times its scale.

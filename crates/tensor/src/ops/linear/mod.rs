@@ -3,13 +3,14 @@
 mod cpu;
 mod cuda;
 
-use super::lsq::Quantized;
+use super::lsq::{self, Quantized};
 use super::{add, cast};
+use crate::cuda::Gpu;
 use crate::cuda::reduce::column_sums;
 use crate::{DType, Device, Tape, Tensor, Var};
 
 #[cfg(test)]
-pub(crate) use cuda::SOURCE;
+pub(crate) use cuda::{BYTES, SOURCE};
 
 /// `x` `[.., in]` times `weight` `[out, in]` transposed, plus `bias` `[out]`: `[.., out]`. On a GPU, `x` and `weight`
 /// may be bf16; the gradients of weight and bias are f32.
@@ -24,6 +25,7 @@ pub fn linear_as(tape: &Tape, x: &Var, weight: &Var, bias: Option<&Var>, element
     let inputs: Vec<&Var> = [x, weight].into_iter().chain(bias).collect();
     let (x2, w2, b2) = (x.clone(), weight.clone(), bias.cloned());
     tape.push(y, &inputs, move |grad, grads| {
+        let sums = grads.known_sums();
         let grad = cast::apply(&grad.reshape(&[grad.len() / out, out]), x2.value().dtype());
         if let Some(sum) = grads.slot(&x2) {
             input_gradient(&grad, w2.value(), x2.shape(), sum);
@@ -32,7 +34,7 @@ pub fn linear_as(tape: &Tape, x: &Var, weight: &Var, bias: Option<&Var>, element
             weight_gradient(&grad, x2.value(), None, sum);
         }
         if let Some(b) = b2.filter(|b| grads.wants(b)) {
-            grads.add(&b, bias_gradient(&grad));
+            grads.add(&b, sums.unwrap_or_else(|| bias_gradient(&grad)));
         }
     })
 }
@@ -56,17 +58,24 @@ fn compute(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, element: DType) -
 /// The sum is exact, as INT8 hardware computes it in 32-bit accumulators, and the scaling is two
 /// separately rounded f32 operations; [`super::int8_linear`] computes the same bits from the same codes.
 /// The gradients of `x` and `weight` are those of the dequantised operands (code times scale).
-/// The output is of type `element`, f32 or that of the codes.
+/// The output is of type `element`, f32 or that of the codes. With `outputs`, step sizes of as many equal ranges of
+/// columns, it is fake-quantised, as [`lsq::fake_quantize`] does.
 pub fn quantized_linear(
     tape: &Tape,
     x: &Quantized,
     weight: &Quantized,
     bias: Option<&Var>,
+    outputs: &[Var],
     element: DType,
 ) -> Var {
     let (cx, cw) = (&x.codes, &weight.codes);
     let out = cw.shape()[0];
     assert_eq!(cx.value().width(), cw.shape()[1], "quantized_linear: {:?}, {:?}", cx.shape(), cw.shape());
+    if let (Some((bx, _)), Some((bw, Some(values))), Device::Cuda(gpu)) =
+        (x.small(), weight.small(), cx.value().device())
+    {
+        return bytes_linear(tape, gpu, x, weight, [bx, bw, values], bias, outputs, element);
+    }
     let (sx, sw) = (x.scale.clone(), weight.scale.clone());
     let b = bias.map(Var::value);
     let y = match cx.value().device() {
@@ -75,7 +84,7 @@ pub fn quantized_linear(
     };
     let inputs: Vec<&Var> = [cx, cw].into_iter().chain(bias).collect();
     let (cx2, cw2, b2) = (cx.clone(), cw.clone(), bias.cloned());
-    tape.push(y, &inputs, move |grad, grads| {
+    let y = tape.push(y, &inputs, move |grad, grads| {
         let grad = cast::apply(&grad.reshape(&[grad.len() / out, out]), cx2.value().dtype());
         if let Some(sum) = grads.slot(&cx2) {
             match grad.device() {
@@ -92,6 +101,69 @@ pub fn quantized_linear(
         }
         if let Some(b) = b2.filter(|b| grads.wants(b)) {
             grads.add(&b, bias_gradient(&grad));
+        }
+    });
+    match outputs {
+        [] => y,
+        [scale] => lsq::fake_quantize(tape, &y, scale),
+        _ => panic!("{} output step sizes where codes are not multiplied as bytes", outputs.len()),
+    }
+}
+
+/// [`quantized_linear`] of codes as i8, `[bx, bw]`, with the weight's `values`, by one kernel.
+#[allow(clippy::too_many_arguments)]
+fn bytes_linear(
+    tape: &Tape,
+    gpu: Gpu,
+    x: &Quantized,
+    weight: &Quantized,
+    [bx, bw, values]: [&Tensor; 3],
+    bias: Option<&Var>,
+    outputs: &[Var],
+    element: DType,
+) -> Var {
+    let out = bw.shape()[0];
+    let inputs: Vec<&Var> = [&x.codes, &weight.codes].into_iter().chain(bias).chain(outputs).collect();
+    let steps: Vec<Tensor> = outputs.iter().map(|s| s.value().clone()).collect();
+    // The output before quantisation is for the backward pass.
+    let keep = outputs.is_empty() || tape.tracks(&inputs);
+    let (y, z) = cuda::forward_bytes(
+        gpu,
+        [bx, bw],
+        [&x.scale, &weight.scale],
+        bias.map(Var::value),
+        &steps,
+        keep,
+        element,
+    );
+    let (cx, cw, sx, values) = (x.codes.clone(), weight.codes.clone(), x.scale.clone(), values.clone());
+    let (b2, outputs) = (bias.cloned(), outputs.to_vec());
+    let divisor = lsq::divisor(tape, cx.value().rows() * out / outputs.len().max(1));
+    let (result, before) = match z {
+        Some(z) => (z, y),
+        None => (y.expect("kept where it is the result"), None),
+    };
+    tape.push(result, &inputs, move |grad, grads| {
+        let mut sums = grads.known_sums();
+        let mut grad = grad.reshape(&[grad.len() / out, out]);
+        if let Some(y) = before {
+            let steps: Vec<&Tensor> = outputs.iter().map(Var::value).collect();
+            let (dy, of_columns, of_steps) =
+                lsq::ranges_backward(gpu, &grad, &y.reshape(grad.shape()), &steps, divisor);
+            for (s, ds) in outputs.iter().zip(of_steps) {
+                grads.add(s, ds);
+            }
+            (grad, sums) = (dy, Some(of_columns));
+        }
+        let grad = cast::apply(&grad, cx.value().dtype());
+        if let Some(sum) = grads.slot(&cx) {
+            cuda::input_gradient(gpu, &grad, &values, cx.shape(), sum);
+        }
+        if let Some(sum) = grads.slot(&cw) {
+            weight_gradient(&grad, cx.value(), Some(&sx), sum);
+        }
+        if let Some(b) = b2.filter(|b| grads.wants(b)) {
+            grads.add(&b, sums.unwrap_or_else(|| bias_gradient(&grad)));
         }
     })
 }
@@ -124,7 +196,7 @@ fn weight_gradient(grad: &Tensor, x: &Tensor, factor: Option<&Tensor>, sum: &mut
 fn bias_gradient(grad: &Tensor) -> Tensor {
     match grad.device() {
         Device::Cpu => cpu::bias_gradient(grad),
-        Device::Cuda(gpu) => column_sums(gpu, grad, None)[0].take().expect("always there"),
+        Device::Cuda(gpu) => column_sums(gpu, grad, None).remove(0),
     }
 }
 
@@ -132,7 +204,8 @@ fn bias_gradient(grad: &Tensor) -> Tensor {
 mod tests {
     use super::super::check::{check, check_bf16, close, devices, noise};
     use super::super::int8_linear::{self, Int8Weight};
-    use super::super::lsq;
+    use super::super::lsq::FakeWeight;
+    use super::super::select;
     use super::*;
     use proptest::prelude::*;
 
@@ -184,9 +257,10 @@ mod tests {
             let one = |n| Tensor::full(&[n], 1.0).to(device);
             let y = quantized_linear(
                 &tape,
-                &Quantized { codes: tape.constant(x.to(device)), scale: one(1) },
-                &Quantized { codes: tape.constant(w.to(device)), scale: one(2) },
+                &Quantized::new(tape.constant(x.to(device)), one(1)),
+                &Quantized::new(tape.constant(w.to(device)), one(2)),
                 None,
+                &[],
                 DType::F32,
             );
             assert_eq!(y.value().to(Device::Cpu).f32(), [exact as i32 as f32; 2]);
@@ -203,8 +277,9 @@ mod tests {
             let (xv, wv) = (tape.leaf(x.to(device)), tape.leaf(w.to(device)));
             let (sxv, swv) = (tape.leaf(sx.to(device)), tape.leaf(sw.to(device)));
             let qx = lsq::quantize_activation(&tape, &xv, &sxv);
-            let qw = lsq::quantize_weight(&tape, &wv, &mask, &swv, DType::F32);
-            let y = quantized_linear(&tape, &qx, &qw, None, DType::F32);
+            let w = FakeWeight { weight: wv.clone(), mask, scale: swv.clone() };
+            let qw = lsq::quantize_weights(&tape, &[vec![w]], DType::F32).remove(0);
+            let y = quantized_linear(&tape, &qx, &qw, None, &[], DType::F32);
             let dequantised = |c: &Tensor, s: &dyn Fn(usize) -> f32| -> Vec<f64> {
                 c.to(Device::Cpu).f32().iter().enumerate().map(|(i, &c)| (c * s(i)) as f64).collect()
             };
@@ -254,16 +329,16 @@ mod tests {
             let tape = Tape::inference();
             let on = |t: Tensor| t.to(device);
             let wide = |c: &[i8], rows| if bf16 { wide(c, rows).to_bf16() } else { wide(c, rows) };
-            let x = Quantized { codes: tape.constant(on(wide(&cx, tokens))), scale: on(Tensor::scalar(sx)) };
-            let w = Quantized {
-                codes: tape.constant(on(wide(&cw, out))),
-                scale: on(Tensor::from_f32(sw.clone(), &[out])),
-            };
+            let x = Quantized::new(tape.constant(on(wide(&cx, tokens))), on(Tensor::scalar(sx)));
+            let w =
+                Quantized::new(tape.constant(on(wide(&cw, out))), on(Tensor::from_f32(sw.clone(), &[out])));
             for bias in [None, Some(&bias)] {
                 let b = bias.map(|b| tape.constant(on(b.clone())));
                 let element = if bf16 { DType::Bf16 } else { DType::F32 };
-                let trained =
-                    quantized_linear(&tape, &x, &w, b.as_ref(), element).value().to(Device::Cpu).to_f32();
+                let trained = quantized_linear(&tape, &x, &w, b.as_ref(), &[], element)
+                    .value()
+                    .to(Device::Cpu)
+                    .to_f32();
                 let mut ran = int8_linear::apply(&cx, tokens, &weight, &scale, bias.map(Tensor::f32));
                 if bf16 {
                     ran = ran.to_bf16().to_f32();
@@ -286,6 +361,119 @@ mod tests {
                 agree(tokens, out, width, true, seed);
             }
         }
+    }
+
+    /// Where codes are multiplied as bytes: the engine's bits, with every combination of bias and output pairs, at
+    /// shapes that no tile divides; and the gradients that the same operations one by one have.
+    #[test]
+    fn bytes_agree_with_the_engine_and_with_the_parts() {
+        for device in devices().into_iter().filter(|d| lsq::takes_bytes(*d, DType::Bf16, 16)) {
+            let shapes = [
+                (1, 8, 16),
+                (130, 24, 48),
+                (257, 264, 400),
+                (128, 384, 128),
+                (300, 3072, 768),
+                (64, 768, 3072),
+            ];
+            for (case, (tokens, out, width)) in shapes.into_iter().enumerate() {
+                for ranges in [0, 1, 3] {
+                    let seed = case as u64;
+                    let (x, w) = (noise(&[tokens, width], seed).to_bf16(), noise(&[out, width], seed + 9));
+                    let keep = (0..out * width).map(|i| (i / 2 % 2 == case % 2) as u8).collect();
+                    let mask = Tensor::from_u8(keep, &[out, width]);
+                    let (sx, bias) = (Tensor::scalar(0.01), noise(&[out], seed + 5));
+                    let sw = Tensor::from_f32((0..out).map(|o| 0.01 + 1e-5 * o as f32).collect(), &[out]);
+                    let steps: Vec<Tensor> =
+                        (0..ranges).map(|r| Tensor::scalar(0.02 * (r + 1) as f32)).collect();
+                    let grad = noise(&[tokens, out], 7).to_bf16().to_f32();
+                    // By one kernel, or one operation after the other.
+                    let run = |together: bool| {
+                        let tape = Tape::recording();
+                        let on = |t: &Tensor| tape.leaf(t.to(device));
+                        let fake = FakeWeight { weight: on(&w), mask: mask.to(device), scale: on(&sw) };
+                        let mut leaves =
+                            vec![on(&x), on(&sx), fake.weight.clone(), fake.scale.clone(), on(&bias)];
+                        let outputs: Vec<Var> = steps.iter().map(on).collect();
+                        leaves.extend(outputs.iter().cloned());
+                        let mut qx = lsq::quantize_activation(&tape, &leaves[0], &leaves[1]);
+                        let mut qw = lsq::quantize_weights(&tape, &[vec![fake]], DType::Bf16).remove(0);
+                        assert!(qx.small().is_some() && qw.small().is_some_and(|(_, v)| v.is_some()));
+                        let y = if together {
+                            quantized_linear(&tape, &qx, &qw, Some(&leaves[4]), &outputs, DType::Bf16)
+                        } else {
+                            // Codes as floats, of weights in a type that is not summed as bytes.
+                            qx = Quantized::new(qx.codes, qx.scale);
+                            let wide = |t: &Tensor| t.to(Device::Cpu).to_f32().to_bf16().to(device);
+                            let codes = cast_codes(&tape, &qw.codes, wide(qw.codes.value()));
+                            qw = Quantized::new(codes, qw.scale);
+                            let y = quantized_linear(&tape, &qx, &qw, Some(&leaves[4]), &[], DType::Bf16);
+                            let parts =
+                                select::split_columns(&tape, &y, &vec![out / ranges.max(1); ranges.max(1)]);
+                            let quantised = parts.iter().enumerate().map(|(i, p)| match outputs.get(i) {
+                                Some(s) => lsq::fake_quantize(&tape, p, s),
+                                None => p.clone(),
+                            });
+                            let quantised = quantised.collect();
+                            return finish(tape, quantised, leaves, &grad);
+                        };
+                        let parts =
+                            select::split_columns(&tape, &y, &vec![out / ranges.max(1); ranges.max(1)]);
+                        finish(tape, parts, leaves, &grad)
+                    };
+                    if ranges > 0 && (out / ranges % 8 != 0 || out % ranges != 0) {
+                        continue;
+                    }
+                    let (one, other) = (run(true), run(false));
+                    assert_eq!(one.len(), other.len());
+                    for (i, (a, b)) in one.iter().zip(&other).enumerate() {
+                        let at = format!("{tokens} x {out} x {width}, {ranges} output pairs, {i}");
+                        if i < ranges.max(1) {
+                            assert!(a == b, "output differs: {at}");
+                            continue;
+                        }
+                        let want: Vec<f64> = b.f32().iter().map(|&x| x as f64).collect();
+                        close(&at, a.f32(), &want, 1e-2);
+                    }
+                    // Against the engine.
+                    if ranges == 0 {
+                        let code = |x: f32, s: f32| lsq::code(x, s) as i8;
+                        let cx: Vec<i8> = x.to_f32().f32().iter().map(|&x| code(x, 0.01)).collect();
+                        let kept = w.f32().iter().zip(mask.u8()).map(|(&w, &m)| w * m as f32);
+                        let cw: Vec<i8> =
+                            kept.enumerate().map(|(i, w)| code(w, sw.f32()[i / width])).collect();
+                        let scale: Vec<f32> = sw.f32().iter().map(|s| 0.01 * s).collect();
+                        let weight = Int8Weight::new(&cw, out, width);
+                        let ran = int8_linear::apply(&cx, tokens, &weight, &scale, Some(bias.f32()));
+                        assert!(one[0] == ran.to_bf16().to_f32(), "the engine's: {tokens} x {out} x {width}");
+                    }
+                }
+                device.check().unwrap();
+            }
+        }
+    }
+
+    /// `codes` with another value of the same gradient.
+    fn cast_codes(tape: &Tape, codes: &Var, value: Tensor) -> Var {
+        let codes = codes.clone();
+        tape.push(value, &[&codes.clone()], move |grad, grads| grads.add(&codes, grad.clone()))
+    }
+
+    /// The parts' values, then the gradients of `leaves` where the parts' gradients are the columns of `grad`; f32 on
+    /// the host.
+    fn finish(tape: Tape, parts: Vec<Var>, leaves: Vec<Var>, grad: &Tensor) -> Vec<Tensor> {
+        let mut first = 0;
+        let terms = parts.iter().map(|p| {
+            let (width, from) = (p.value().width(), first);
+            first += width;
+            let rows = grad.f32().chunks(grad.width()).flat_map(|row| row[from..from + width].to_vec());
+            (1.0, super::super::weighted_sum::dot(&tape, p, &Tensor::from_f32(rows.collect(), p.shape())))
+        });
+        let loss = super::super::weighted_sum::weighted_sum(&tape, &terms.collect::<Vec<_>>());
+        let mut grads = tape.backward(&loss);
+        let values = parts.iter().map(|p| p.value().clone());
+        let all: Vec<Tensor> = values.chain(leaves.iter().map(|v| grads.take(v).unwrap())).collect();
+        all.iter().map(|t| t.to(Device::Cpu).to_f32()).collect()
     }
 
     proptest! {

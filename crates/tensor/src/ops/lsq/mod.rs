@@ -14,6 +14,9 @@ pub use cpu::code;
 #[cfg(test)]
 pub(crate) use cuda::SOURCE;
 
+use std::sync::Arc;
+
+use crate::cuda::Gpu;
 use crate::{DType, Device, Tape, Tensor, Var};
 
 /// Largest code. The grid is symmetric, so -128 is no code.
@@ -22,19 +25,55 @@ pub const QMAX: f32 = 127.0;
 /// Codes with the step size that makes values of them.
 #[derive(Clone)]
 pub struct Quantized {
-    /// Integers -127..=127 held as f32 or bf16. **Its gradient is that of the dequantised value** `code * scale`.
+    /// Integers -127..=127 held as f32 or bf16; of weights, as i8 where there are `values`. **Its gradient is that of the
+    /// dequantised value** `code * scale`.
     pub codes: Var,
     /// f32 `[1]` (one step for the tensor) or `[rows]` (one for each row).
     pub scale: Tensor,
+    /// An activation's codes as i8 too, where tensor cores multiply these.
+    bytes: Option<Tensor>,
+    /// A weight's values `code * scale` in bf16, where its codes are i8.
+    values: Option<Tensor>,
+}
+
+impl Quantized {
+    /// These codes with this step size.
+    pub fn new(codes: Var, scale: Tensor) -> Self {
+        Quantized { codes, scale, bytes: None, values: None }
+    }
+
+    /// An activation's codes with their bytes where [`takes_bytes`] says so.
+    pub(crate) fn with_bytes(codes: Var, scale: Tensor, bytes: Option<Tensor>) -> Self {
+        Quantized { bytes, ..Quantized::new(codes, scale) }
+    }
+
+    /// The codes as i8 and, of a weight, its values, for [`super::linear::quantized_linear`].
+    pub(crate) fn small(&self) -> Option<(&Tensor, Option<&Tensor>)> {
+        match self.codes.value().dtype() {
+            DType::I8 => Some((self.codes.value(), self.values.as_ref())),
+            _ => self.bytes.as_ref().map(|bytes| (bytes, None)),
+        }
+    }
+}
+
+/// Whether codes of rows of `width`, with activations of type `element`, are multiplied as i8 by the tensor cores of
+/// `device`.
+pub fn takes_bytes(device: Device, element: DType, width: usize) -> bool {
+    matches!(device, Device::Cuda(gpu) if gpu.is_hopper())
+        && element == DType::Bf16
+        && width.is_multiple_of(16)
 }
 
 /// Quantises a tensor with one positive step size `scale` `[1]`.
 pub fn quantize_activation(tape: &Tape, x: &Var, scale: &Var) -> Quantized {
-    let codes = match x.value().device() {
-        Device::Cpu => cpu::codes(x.value(), scale.value().item()),
-        Device::Cuda(gpu) => cuda::codes(gpu, x.value(), scale.value()),
+    let value = x.value();
+    let (codes, bytes) = match value.device() {
+        Device::Cpu => (cpu::codes(value, scale.value().item()), None),
+        device @ Device::Cuda(gpu) => {
+            cuda::codes(gpu, value, scale.value(), takes_bytes(device, value.dtype(), value.width()))
+        }
     };
-    Quantized { codes: with_gradient(tape, codes, x, scale), scale: scale.value().clone() }
+    Quantized::with_bytes(with_gradient(tape, codes, x, scale), scale.value().clone(), bytes)
 }
 
 /// Quantises and dequantises a tensor with one step size: the pair after a layer (paper, figure 2).
@@ -42,18 +81,48 @@ pub fn fake_quantize(tape: &Tape, x: &Var, scale: &Var) -> Var {
     with_gradient(tape, dequantised(x.value(), scale.value()), x, scale)
 }
 
+/// What the gradient of a step size is divided by that `n` elements of `tape`'s part of a batch share.
+pub(crate) fn divisor(tape: &Tape, n: usize) -> f32 {
+    (tape.part().all(n) as f32 * QMAX).sqrt()
+}
+
 /// Records `y`, made of `x` with one step size, with the gradients of the module's documentation.
 fn with_gradient(tape: &Tape, y: Tensor, x: &Var, scale: &Var) -> Var {
     let (x2, s2) = (x.clone(), scale.clone());
-    let divisor = (tape.part().all(x.value().len()) as f32 * QMAX).sqrt();
+    let divisor = divisor(tape, x.value().len());
     tape.push(y, &[x, scale], move |grad, grads| {
-        let (dx, ds) = match grad.device() {
-            Device::Cpu => cpu::backward(grad, x2.value(), s2.value().item(), divisor),
-            Device::Cuda(gpu) => cuda::backward(gpu, grad, x2.value(), s2.value(), divisor),
+        let ds = match grad.device() {
+            Device::Cpu => {
+                let (dx, ds) = cpu::backward(grad, x2.value(), s2.value().item(), divisor);
+                grads.add(&x2, dx);
+                ds
+            }
+            Device::Cuda(gpu) => {
+                let mut unwanted = None;
+                let sum = grads.slot(&x2).unwrap_or(&mut unwanted);
+                cuda::backward(gpu, grad, x2.value(), s2.value(), divisor, sum)
+            }
         };
-        grads.add(&x2, dx);
         grads.add(&s2, ds);
     })
+}
+
+/// The gradient of a step size from `shares` of it and its [`divisor`]. On a GPU.
+pub(crate) fn step_gradient(gpu: Gpu, shares: &Tensor, divisor: f32) -> Tensor {
+    cuda::scale_gradient(gpu, shares.memory().into(), shares.len(), divisor)
+}
+
+/// What a linear map's fused output pair hands back: of `x` `[.., width]`, dequantised with one of `scales` for each
+/// `width / scales.len()` columns, and the gradient of the result: the gradient of `x`, its column sums, and the
+/// gradients of the step sizes. On a GPU.
+pub(crate) fn ranges_backward(
+    gpu: Gpu,
+    grad: &Tensor,
+    x: &Tensor,
+    scales: &[&Tensor],
+    divisor: f32,
+) -> (Tensor, Tensor, Vec<Tensor>) {
+    cuda::ranges_backward(gpu, grad, x, scales, divisor)
 }
 
 /// [`fake_quantize`] without a tape: the grid point of step size `scale` `[1]` nearest to each element.
@@ -64,28 +133,67 @@ pub fn dequantised(x: &Tensor, scale: &Tensor) -> Tensor {
     }
 }
 
-/// Quantises `weight * mask` (`[rows, cols]`, mask u8) with one positive step size per row, `scale` `[rows]`.
-/// The codes are of type `element`: f32 or, on a GPU, bf16, which holds them exactly; gradients are f32.
-pub fn quantize_weight(tape: &Tape, weight: &Var, mask: &Tensor, scale: &Var, element: DType) -> Quantized {
-    assert_eq!(weight.shape(), mask.shape(), "quantize_weight: mask");
-    assert_eq!(scale.value().len(), weight.shape()[0], "quantize_weight: one scale per row");
-    let codes = match weight.value().device() {
+/// A pruned weight `[rows, cols]` and its quantisation.
+#[derive(Clone)]
+pub struct FakeWeight {
+    /// f32.
+    pub weight: Var,
+    /// u8, 1 for kept elements.
+    pub mask: Tensor,
+    /// One positive step size per row, f32 `[rows]`.
+    pub scale: Var,
+}
+
+/// Quantises each weight times its mask, and puts the rows of each of `groups` one below the other: on a GPU in one
+/// launch. On a CPU a group is one weight. The codes are of type `element`, f32 or, on a GPU, bf16, which holds them
+/// exactly, or i8 (see [`Quantized`]); gradients are f32.
+pub fn quantize_weights(tape: &Tape, groups: &[Vec<FakeWeight>], element: DType) -> Vec<Quantized> {
+    for w in groups.iter().flatten() {
+        assert_eq!(w.weight.shape(), w.mask.shape(), "quantize_weights: mask");
+        assert_eq!(w.scale.value().len(), w.weight.shape()[0], "quantize_weights: one scale per row");
+    }
+    let Some(first) = groups.iter().flatten().next() else { return Vec::new() };
+    match first.weight.value().device() {
         Device::Cpu => {
             assert_eq!(element, DType::F32, "a CPU computes in f32");
-            cpu::weight_codes(weight.value(), mask, scale.value())
+            groups.iter().map(|group| quantize_on_cpu(tape, group)).collect()
         }
-        Device::Cuda(gpu) => cuda::weight_codes(gpu, weight.value(), mask, scale.value(), element),
-    };
-    let (w2, s2, mask) = (weight.clone(), scale.clone(), mask.clone());
-    let codes = tape.push(codes, &[weight, scale], move |grad, grads| {
-        let (dw, ds) = match grad.device() {
-            Device::Cpu => cpu::weight_backward(grad, w2.value(), &mask, s2.value()),
-            Device::Cuda(gpu) => cuda::weight_backward(gpu, grad, w2.value(), &mask, s2.value()),
-        };
-        grads.add(&w2, dw);
-        grads.add(&s2, ds);
+        Device::Cuda(gpu) => {
+            let (weights, made) = cuda::weight_codes(gpu, groups, element);
+            let weights = Arc::new(weights);
+            let pushed =
+                groups.iter().zip(made).enumerate().map(|(which, (group, (codes, values, scale)))| {
+                    let inputs: Vec<&Var> = group.iter().flat_map(|w| [&w.weight, &w.scale]).collect();
+                    let (group, weights) = (group.clone(), weights.clone());
+                    let codes = tape.push(codes, &inputs, move |grad, grads| {
+                        let (dw, ds) = cuda::weight_backward(gpu, grad, &weights, which, element);
+                        let shapes = |of: fn(&FakeWeight) -> &Var| -> Vec<Vec<usize>> {
+                            group.iter().map(|w| of(w).shape().to_vec()).collect()
+                        };
+                        let (dw, ds) = (dw.split(&shapes(|w| &w.weight)), ds.split(&shapes(|w| &w.scale)));
+                        for ((w, dw), ds) in group.iter().zip(dw).zip(ds) {
+                            grads.add(&w.weight, dw);
+                            grads.add(&w.scale, ds);
+                        }
+                    });
+                    Quantized { values, ..Quantized::new(codes, scale) }
+                });
+            pushed.collect()
+        }
+    }
+}
+
+fn quantize_on_cpu(tape: &Tape, group: &[FakeWeight]) -> Quantized {
+    let [w] = group else { panic!("a CPU quantises weights one by one") };
+    let w = w.clone();
+    let codes = cpu::weight_codes(w.weight.value(), &w.mask, w.scale.value());
+    let scale = w.scale.value().clone();
+    let codes = tape.push(codes, &[&w.weight.clone(), &w.scale.clone()], move |grad, grads| {
+        let (dw, ds) = cpu::weight_backward(grad, w.weight.value(), &w.mask, w.scale.value());
+        grads.add(&w.weight, dw);
+        grads.add(&w.scale, ds);
     });
-    Quantized { codes, scale: scale.value().clone() }
+    Quantized::new(codes, scale)
 }
 
 #[cfg(test)]
@@ -202,7 +310,8 @@ mod tests {
             let tape = Tape::recording();
             let (wv, sv) =
                 (tape.leaf(w.to(device)), tape.leaf(Tensor::from_f32(scale.to_vec(), &[2]).to(device)));
-            let q = quantize_weight(&tape, &wv, &mask.to(device), &sv, DType::F32);
+            let fake = FakeWeight { weight: wv.clone(), mask: mask.to(device), scale: sv.clone() };
+            let q = quantize_weights(&tape, &[vec![fake]], DType::F32).remove(0);
             let loss = dot(&tape, &q.codes, &weights);
             let mut grads = tape.backward(&loss);
             let (mut dw, mut ds) = (vec![0.0f64; 8], vec![0.0f64; 2]);

@@ -1,3 +1,4 @@
+use super::{Pruned, stacked};
 use crate::Tensor;
 use crate::cpu::{par_elements, simd};
 
@@ -13,4 +14,16 @@ pub(super) fn apply(x: &Tensor, mask: &Tensor) -> Tensor {
         })
     });
     out
+}
+
+/// The rows of all weights of a group, masked.
+pub(super) fn multiplied(group: &[Pruned]) -> Tensor {
+    let of = |(w, mask): &Pruned| mask.as_ref().map_or(w.value().clone(), |m| apply(w.value(), m));
+    match group {
+        [one] => of(one),
+        _ => {
+            let rows: Vec<f32> = group.iter().flat_map(|w| of(w).f32().to_vec()).collect();
+            Tensor::from_f32(rows, &stacked(group))
+        }
+    }
 }

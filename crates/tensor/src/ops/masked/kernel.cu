@@ -23,7 +23,12 @@ struct Entry {
 constexpr long long CHUNK = 8192;
 
 extern "C" __global__ void multiplied(const Entry *table, int entries) {
-    Entry e = own_entry(table, entries);
+    Entry e = own_entry(table, entries, blockIdx.x);
     long long from = (blockIdx.x - e.first_block) * CHUNK, to = from + CHUNK < e.n ? from + CHUNK : e.n;
-    for (long long i = from + threadIdx.x * PACK; i < to; i += blockDim.x * PACK) mask_pack(e.out, e.x, e.mask, i, e.n);
+    // A part of a result may begin between packs.
+    if ((u64)e.out % 16)
+        for (long long i = from + threadIdx.x; i < to; i += blockDim.x) e.out[i] = !e.mask || e.mask[i] ? e.x[i] : 0.0f;
+    else
+        for (long long i = from + threadIdx.x * PACK; i < to; i += blockDim.x * PACK)
+            mask_pack(e.out, e.x, e.mask, i, e.n);
 }

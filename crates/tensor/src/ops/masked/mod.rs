@@ -18,39 +18,48 @@ pub enum MaskGradient {
     All,
 }
 
-/// f32 `weights` as `element`, f32 or on a GPU bf16, times the u8 mask of one shape where there is one: on a GPU in one
-/// launch. Dropped elements are +0. The gradients are f32, also those of the results.
-pub fn multiplied(
-    tape: &Tape,
-    weights: &[(Var, Option<Tensor>)],
-    gradient: MaskGradient,
-    element: DType,
-) -> Vec<Var> {
-    for (w, mask) in weights {
+/// An f32 weight and, if it is pruned, its u8 mask of the same shape.
+pub type Pruned = (Var, Option<Tensor>);
+
+/// Each of `groups`' f32 weights as `element`, f32 or on a GPU bf16, times its mask where there is one, and the rows of
+/// a group one below the other: on a GPU in one launch. Dropped elements are +0. The gradients are f32, also those of the
+/// results.
+pub fn multiplied(tape: &Tape, groups: &[Vec<Pruned>], gradient: MaskGradient, element: DType) -> Vec<Var> {
+    for (w, mask) in groups.iter().flatten() {
         assert!(mask.as_ref().is_none_or(|m| m.shape() == w.shape()), "masked: {:?}", w.shape());
     }
-    let Some((first, _)) = weights.first() else { return Vec::new() };
+    let Some((first, _)) = groups.iter().flatten().next() else { return Vec::new() };
     let values = match first.value().device() {
         Device::Cpu => {
             assert_eq!(element, DType::F32, "a CPU computes in f32");
-            let of =
-                |w: &Tensor, mask: &Option<Tensor>| mask.as_ref().map_or(w.clone(), |m| cpu::apply(w, m));
-            weights.iter().map(|(w, mask)| of(w.value(), mask)).collect()
+            groups.iter().map(|group| cpu::multiplied(group)).collect()
         }
-        Device::Cuda(gpu) => cuda::multiplied(gpu, weights, element),
+        Device::Cuda(gpu) => cuda::multiplied(gpu, groups, element),
     };
-    let pushed = weights.iter().zip(values).map(|((w, mask), value)| {
-        let (w2, mask) = (w.clone(), mask.clone().filter(|_| gradient == MaskGradient::Kept));
-        tape.push(value, &[w], move |grad, grads| {
-            let grad = match (&mask, grad.device()) {
-                (None, _) => grad.clone(),
-                (Some(mask), Device::Cpu) => cpu::apply(grad, mask),
-                (Some(mask), Device::Cuda(gpu)) => cuda::apply(gpu, grad, mask),
-            };
-            grads.add(&w2, grad);
+    let pushed = groups.iter().zip(values).map(|(group, value)| {
+        let inputs: Vec<&Var> = group.iter().map(|(w, _)| w).collect();
+        let group = group.clone();
+        tape.push_owned(value, &inputs, move |grad, grads| {
+            let shapes: Vec<Vec<usize>> = group.iter().map(|(w, _)| w.shape().to_vec()).collect();
+            for ((w, mask), grad) in group.iter().zip(grad.split(&shapes)) {
+                let mask = mask.as_ref().filter(|_| gradient == MaskGradient::Kept);
+                let grad = match (mask, grad.device()) {
+                    (None, _) => grad,
+                    (Some(mask), Device::Cpu) => cpu::apply(&grad, mask),
+                    (Some(mask), Device::Cuda(gpu)) => cuda::apply(gpu, &grad, mask),
+                };
+                grads.add(w, grad);
+            }
         })
     });
     pushed.collect()
+}
+
+/// The shape of a group's result: all rows, or of vectors all elements.
+fn stacked(group: &[Pruned]) -> Vec<usize> {
+    let mut shape = group[0].0.shape().to_vec();
+    shape[0] = group.iter().map(|(w, _)| w.shape()[0]).sum();
+    shape
 }
 
 #[cfg(test)]
@@ -60,7 +69,7 @@ mod tests {
     use super::*;
 
     fn masked(tape: &Tape, weight: &Var, mask: &Tensor, gradient: MaskGradient, element: DType) -> Var {
-        multiplied(tape, &[(weight.clone(), Some(mask.clone()))], gradient, element).remove(0)
+        multiplied(tape, &[vec![(weight.clone(), Some(mask.clone()))]], gradient, element).remove(0)
     }
 
     /// Weights with and without masks, one of them more than a block makes.
@@ -71,7 +80,7 @@ mod tests {
         let masks = [None, Some(mask(8).reshape(&[2, 4])), Some(mask(8300).reshape(&[83, 100]))];
         let of = |t: &Tape, v: &[Var], element, which: usize| {
             let on = |m: &Option<Tensor>| m.as_ref().map(|m| m.to(v[0].value().device()));
-            let weights: Vec<_> = v.iter().cloned().zip(masks.iter().map(on)).collect();
+            let weights: Vec<_> = v.iter().cloned().zip(masks.iter().map(on)).map(|w| vec![w]).collect();
             multiplied(t, &weights, MaskGradient::Kept, element)[which].clone()
         };
         for element in [DType::F32, DType::Bf16] {
@@ -95,6 +104,26 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Rows of several weights become one matrix, and its gradient is divided among them; also where parts do not begin
+    /// at packs.
+    #[test]
+    fn groups_are_stacked() {
+        let keep: Vec<u8> = (0..15).map(|i| (i % 2 == 0) as u8).collect();
+        let mask = Tensor::from_u8(keep.clone(), &[3, 5]);
+        check(
+            &[noise(&[1, 5], 1), noise(&[3, 5], 2), noise(&[8, 5], 3)],
+            |t, v| {
+                let mask = |i| (i == 1).then(|| mask.to(v[0].value().device()));
+                let group = v.iter().cloned().enumerate().map(|(i, w)| (w, mask(i))).collect();
+                multiplied(t, &[group], MaskGradient::Kept, DType::F32).remove(0)
+            },
+            |x| {
+                let kept = x[1].iter().zip(&keep).map(|(x, &m)| x * m as f64);
+                x[0].iter().copied().chain(kept).chain(x[2].iter().copied()).collect()
+            },
+        );
     }
 
     #[test]

@@ -11,6 +11,20 @@ pub(super) fn column(gpu: Gpu, x: &Tensor, column: usize, lead: &[usize]) -> Ten
     out
 }
 
+pub(super) fn columns(gpu: Gpu, x: &Tensor, first: usize, out: &Tensor) {
+    let (n, count, width) = (out.len(), out.width(), x.width());
+    let arguments =
+        [out.memory().into(), x.memory().into(), first.into(), count.into(), width.into(), n.into()];
+    gpu.launch(SOURCE.of(x.dtype()), "columns", Grid::elements(n), &arguments);
+}
+
+pub(super) fn add_columns(gpu: Gpu, grad: &Tensor, first: usize, sum: &mut Tensor) {
+    let (n, count, width) = (grad.len(), grad.width(), sum.width());
+    let arguments =
+        [sum.memory_mut().into(), grad.memory().into(), first.into(), count.into(), width.into(), n.into()];
+    gpu.launch(SOURCE.of(grad.dtype()), "add_columns", Grid::elements(n), &arguments);
+}
+
 pub(super) fn add_column(gpu: Gpu, grad: &Tensor, column: usize, sum: &mut Tensor) {
     let (n, width) = (grad.len(), sum.width());
     let arguments = [sum.memory_mut().into(), grad.memory().into(), column.into(), width.into(), n.into()];

@@ -2,6 +2,20 @@ extern "C" __global__ void column(T *out, const T *x, long long column, long lon
     EACH(i, n) out[i] = x[i * width + column];
 }
 
+// Columns `first` to `first` + count of rows of `width`; n is the number of elements chosen.
+extern "C" __global__ void columns(T *out, const T *x, long long first, long long count, long long width, long long n) {
+    EACH(i, n) out[i] = x[i / count * width + first + i % count];
+}
+
+extern "C" __global__ void add_columns(
+    T *sum, const T *grad, long long first, long long count, long long width, long long n
+) {
+    EACH(i, n) {
+        T *to = sum + i / count * width + first + i % count;
+        *to = (float)*to + (float)grad[i];
+    }
+}
+
 extern "C" __global__ void add_column(
     T *sum, const T *grad, long long column, long long width, long long n
 ) {

@@ -1,4 +1,5 @@
-//! Picking rows (the first token of each sequence) or one column (start or end logits) of a matrix.
+//! Picking rows (the first token of each sequence) or columns (start or end logits; one of several maps that were
+//! computed together) of a matrix.
 
 mod cpu;
 mod cuda;
@@ -55,6 +56,36 @@ pub fn select_column(tape: &Tape, x: &Var, column: usize) -> Var {
     })
 }
 
+/// `x` `[.., width]` cut along its rows into tensors of `widths` columns.
+pub fn split_columns(tape: &Tape, x: &Var, widths: &[usize]) -> Vec<Var> {
+    assert_eq!(widths.iter().sum::<usize>(), x.value().width(), "split of {:?} into {widths:?}", x.shape());
+    let lead = &x.shape()[..x.shape().len() - 1];
+    let part = |first: usize, count: usize| {
+        let shape = [lead, &[count]].concat();
+        let out = match x.value().device() {
+            Device::Cpu => {
+                let mut out = Tensor::stale(&shape);
+                cpu::columns(x.value(), first, &mut out);
+                out
+            }
+            Device::Cuda(gpu) => {
+                let out = Tensor::stale_of(gpu, x.value().dtype(), &shape);
+                cuda::columns(gpu, x.value(), first, &out);
+                out
+            }
+        };
+        let x2 = x.clone();
+        tape.push(out, &[x], move |grad, grads| {
+            grads.add_with(&x2, |sum| match grad.device() {
+                Device::Cpu => cpu::add_columns(grad, first, sum),
+                Device::Cuda(gpu) => cuda::add_columns(gpu, grad, first, sum),
+            });
+        })
+    };
+    let starts = widths.iter().scan(0, |at, n| Some(std::mem::replace(at, *at + n)));
+    widths.iter().zip(starts).map(|(&count, first)| part(first, count)).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::check::{check_both, noise};
@@ -88,6 +119,20 @@ mod tests {
                 }
             }
             gpu.check().unwrap();
+        }
+    }
+
+    #[test]
+    fn parts_match_reference() {
+        let (widths, x) = ([2, 1, 4], [noise(&[3, 7], 1)]);
+        for (which, first) in [0, 2, 3].into_iter().enumerate() {
+            let columns = first..first + widths[which];
+            check_both(
+                &x,
+                &[0],
+                |t, v| split_columns(t, &v[0], &widths)[which].clone(),
+                |x| x[0].chunks(7).flat_map(|row| row[columns.clone()].to_vec()).collect(),
+            );
         }
     }
 
