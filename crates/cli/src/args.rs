@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 use gpusq::arch::labels;
+use gpusq::bench::SIZES;
 use gpusq::config::{self, Config, Precision, SettingInfo};
 use gpusq::forward::Compute;
 use gpusq::hub;
@@ -68,6 +69,8 @@ pub(crate) fn command() -> Command {
             Command::new("inspect")
                 .about("Say what a checkpoint is, what would be compressed, its sizes and whether it is sound")
                 .arg(Arg::new("model").value_name("DIR").required(true).help("Model folder of any stage, or a hub name"))
+                .arg(Arg::new("plan").long("plan").action(ArgAction::SetTrue).help("Say instead which kernels a GPU runs a packed model with, and what they and others take"))
+                .args([batches("1,8,32").requires("plan"), lengths().requires("plan"), device().requires("plan")])
                 .arg(json()),
         )
         .subcommand(
@@ -78,6 +81,16 @@ pub(crate) fn command() -> Command {
                 .arg(max_length())
                 .arg(batch_size())
                 .after_help(RUN_READS),
+        )
+        .subcommand(
+            Command::new("bench")
+                .about("Time a packed model, or random weights of a known size, beside what it is compared to")
+                .args([model().required_unless_present("spec").required(false).conflicts_with("spec"), device(), json()])
+                .arg(Arg::new("spec").long("spec").value_name("SIZE").help(sizes()))
+                .args([batches("1,8,32,128"), lengths()])
+                .arg(Arg::new("repeats").long("repeats").value_name("N").value_parser(value_parser!(u16).range(1..)).default_value("50").help("Timed runs of each"))
+                .arg(out().help("Folder for bench.json and report.html"))
+                .after_help(BENCH_TIMES),
         )
         .subcommand(
             training("reproduce", "An accuracy table or plot of the paper, from runs with several seeds")
@@ -92,6 +105,18 @@ pub(crate) fn command() -> Command {
                 .arg(precision())
                 .arg(json()),
         )
+}
+
+/// What `gpusq bench` times, for its help.
+const BENCH_TIMES: &str = "\
+On a GPU a run is one launch of the batch's CUDA graph: tokens to the GPU, every layer, outputs back; runs follow each
+other without a pause. Timed are the same weights dense in f16 (by cuBLASLt), dense in INT8, and 2:4 in INT8 with dense
+and with sparse attention. Nothing is padded. On a CPU it is the last two.";
+
+/// The sizes of `gpusq bench --spec`, for its help.
+fn sizes() -> String {
+    let all: Vec<String> = SIZES.iter().map(|s| format!("{} ({})", s.name, s.doc)).collect();
+    format!("Random weights of a size: {}", all.join(", "))
 }
 
 /// What `gpusq run` reads and writes, for its help.
@@ -237,6 +262,18 @@ fn device() -> Arg {
         .help("Where models are trained and run: cpu, cuda, cuda:1, or auto, a GPU if there is one")
 }
 
+fn batches(default: &'static str) -> Arg {
+    Arg::new("batch").long("batch").value_name("N,N,...").default_value(default).help("Sequences at a time")
+}
+
+fn lengths() -> Arg {
+    Arg::new("length")
+        .long("length")
+        .value_name("N,N,...")
+        .default_value("128,384")
+        .help("Tokens of each sequence")
+}
+
 fn max_length() -> Arg {
     Arg::new("max-length")
         .long("max-length")
@@ -354,6 +391,18 @@ pub(crate) fn chosen_seeds(m: &ArgMatches) -> Result<Vec<u64>> {
         seeds.push(seed);
     }
     Ok(seeds)
+}
+
+/// Whole numbers from 1 on, with commas between.
+pub(crate) fn numbers(m: &ArgMatches, name: &str) -> Result<Vec<usize>> {
+    let text = m.get_one::<String>(name).expect("has a default");
+    let number = |word: &str| word.trim().parse().ok().filter(|n| (1..=1 << 16).contains(n));
+    let all: Option<Vec<usize>> = text.split(',').map(number).collect();
+    all.ok_or_else(|| {
+        Error::Config(format!(
+            "--{name} {text}: give whole numbers from 1 to 65536 with commas between, as in 1,8,32"
+        ))
+    })
 }
 
 /// Refuses flags for what `experiment` sets itself. A file may hold such settings, as for other commands.

@@ -8,6 +8,7 @@ use gpusq::config::Precision;
 use gpusq::evaluate::predict;
 use gpusq::preflight::check_fit;
 use gpusq::task::{Split, one_class, task};
+use gpusq::tensor::Device;
 use gpusq::{Error, Result};
 use serde_json::json;
 
@@ -20,6 +21,9 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
     m.get_one::<String>("task").map(|name| task(name)).transpose()?;
     // As a run scores its models.
     let (compute, _) = args::compute(m, Precision::F32)?;
+    // Packed models answer bit for bit on the CPU, so that a GPU runs them only where it is asked for.
+    let asked = m.get_one::<String>("device").is_some_and(|d| d != "auto");
+    let engine = if asked { compute.device } else { Device::Cpu };
     let dir = args::model_dir(m)?;
     let (model, tokenizer) = args::load_model(&dir)?;
     let name = m.get_one::<String>("task").or(model.task.as_ref()).ok_or_else(|| {
@@ -39,7 +43,7 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
     check_fit(&model, &tokenizer, &[&dataset])?;
     let start = Instant::now();
     let batch = usize::from(*m.get_one::<u16>("batch-size").expect("has a default"));
-    let outputs = predict(&model, &dataset, batch, tokenizer.pad_id(), compute, &mut |_| {})?;
+    let outputs = predict(&model, &dataset, batch, tokenizer.pad_id(), compute, engine, &mut |_| {})?;
     let seconds = start.elapsed().as_secs_f64();
     let scores = dataset.score(&outputs);
     let one_class = one_class(&dataset, &outputs);

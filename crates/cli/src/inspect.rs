@@ -1,11 +1,14 @@
 //! `gpusq inspect`: what a checkpoint is, what would be compressed, sizes, integrity.
 
 use clap::ArgMatches;
+use gpusq::engine::Engine;
 use gpusq::format::packed::sizes;
+use gpusq::inputs::{Inputs, Tokens};
 use gpusq::model::{Model, Stage, compressible};
 use gpusq::report::{bytes, grouped};
 use gpusq::spec::Head;
 use gpusq::task::Tokenizer;
+use gpusq::tensor::Device;
 use gpusq::{Error, Result};
 use serde_json::json;
 
@@ -16,6 +19,9 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
     let dir = args::model_dir(m)?;
     // Loading checks every tensor's presence, shape, range and 2:4 pattern.
     let model = Model::load(&dir)?;
+    if m.get_flag("plan") {
+        return plan(m, &model);
+    }
     let spec = &model.spec;
     let s = spec.last_stack();
     let family = model.config.json["model_type"].as_str().unwrap_or("?").to_string();
@@ -118,4 +124,56 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
         if model.stage == Stage::Dense { "" } else { ", 2:4" }
     ));
     verdict
+}
+
+/// Which kernels run the model on this GPU, and what others would take.
+fn plan(m: &ArgMatches, model: &Model) -> Result<()> {
+    let (device, why) = args::device_of(m)?;
+    if device == Device::Cpu {
+        let why = why.map_or("--plan is about GPUs".into(), |why| why);
+        return Err(Error::Config(format!("{why}; a CPU chooses its kernel without measuring")));
+    }
+    let engine = Engine::load(model, device)?;
+    let limit = model.spec.max_length();
+    for &length in &args::numbers(m, "length")? {
+        if length > limit {
+            return Err(Error::Mismatch(format!(
+                "--length {length}: the model takes {limit} tokens; use at most {limit}"
+            )));
+        }
+        for &batch in &args::numbers(m, "batch")? {
+            let ids = (0..batch * length).map(|i| (i * 7919 % model.spec.vocab) as u32).collect();
+            let tokens = Tokens { batch, length, ids, types: Vec::new(), mask: None };
+            let plan = engine.plan(&Inputs { tokens, target: None })?.expect("a GPU has plans");
+            if m.get_flag("json") {
+                out(
+                    json!({ "event": "plan", "batch": batch, "length": length, "device": device.to_string(), "plan": plan }),
+                );
+                continue;
+            }
+            out(format_args!("{batch} x {length} tokens on {device}"));
+            for row in plan {
+                let time = |sparse| {
+                    row.best(sparse)
+                        .map_or("none".into(), |t| format!("{:.1} us ({})", t.microseconds, t.kernel))
+                };
+                out(format_args!(
+                    "  {:?}{} [{}, {}] of {} tokens, {} maps: {}; 2:4 {}, dense {}",
+                    row.place,
+                    if row.first { " (first tokens)" } else { "" },
+                    row.shape[0],
+                    row.shape[1],
+                    row.tokens,
+                    row.maps,
+                    if row.sparse { "2:4" } else { "dense" },
+                    time(true),
+                    time(false)
+                ));
+                if let Some(why) = row.why_dense() {
+                    out(format_args!("    not 2:4: {why}"));
+                }
+            }
+        }
+    }
+    Ok(())
 }

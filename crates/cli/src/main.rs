@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod bench;
 mod demo;
 mod eval;
 mod inspect;
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
         "eval" => eval::run(m),
         "inspect" => inspect::run(m),
         "run" => run::run(m),
+        "bench" => bench::run(m),
         "demo" => demo::run(m),
         "reproduce" => reproduce::run(m),
         other => unreachable!("command {other} has no code"),

@@ -231,7 +231,7 @@ impl Run<'_> {
     /// What the engine says of a packed model it cannot run.
     pub fn score(&self, model: &Model, name: &str, watch: &mut Watch) -> Result<(Scores, bool)> {
         let compute = Compute { element: DType::F32, ..self.compute };
-        let outputs = predict(model, self.dev, EVAL_BATCH, self.pad(), compute, &mut |_| {})?;
+        let outputs = predict(model, self.dev, EVAL_BATCH, self.pad(), compute, Device::Cpu, &mut |_| {})?;
         let scores = self.dev.score(&outputs);
         watch(Event::Scored { name, scores: &scores });
         let one_class = one_class(self.dev, &outputs);

@@ -14,7 +14,7 @@ use crate::{Error, Result};
 /// From inputs to logits.
 type Run<'a> = Box<dyn Fn(&Inputs) -> Result<Tensor> + 'a>;
 
-/// Logits of each example of `data`, in the layout [`Dataset::score`] takes: by the engine for a packed
+/// Logits of each example of `data`, in the layout [`Dataset::score`] takes: by the engine on `packed_on` for a packed
 /// model, by the training forward as `compute` says for the others. Examples are batched by length, `batch` at a time; `watch`
 /// is told how many are done.
 ///
@@ -26,10 +26,11 @@ pub fn predict(
     batch: usize,
     pad: u32,
     compute: Compute,
+    packed_on: Device,
     watch: &mut dyn FnMut(usize),
 ) -> Result<Vec<Vec<f32>>> {
     let run: Run = if model.stage.packed() {
-        let engine = Engine::load(model, Device::Cpu)?;
+        let engine = Engine::load(model, packed_on)?;
         Box::new(move |inputs| engine.run(inputs))
     } else {
         let tape = Tape::inference();

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod arch;
+pub mod bench;
 pub mod compress;
 pub mod config;
 pub mod distill;

@@ -21,7 +21,7 @@ const LAYERS: &[&[&str]] = &[
     &["quant", "distill"],
     &["train"],
     &["evaluate", "preflight"],
-    &["infer", "compress"],
+    &["bench", "infer", "compress"],
     &["reproduce"],
 ];
 

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use gpusq::arch::{self, Config};
 use gpusq::config::Method;
-use gpusq::engine::Engine;
+use gpusq::engine::{Engine, Products};
 use gpusq::format::packed::{round_dense, unpack_codes};
 use gpusq::forward::{Bound, Compute, Inputs, Output, TapSet, Tokens, forward};
 use gpusq::model::{Model, Stage, compressible};
@@ -506,5 +506,226 @@ fn minilm_answers_alike() {
     for i in 0..6 {
         let inputs = inputs(1 + i % 4, 16 + 20 * i, vocab, 1, i % 2 == 0, 100 + i as u64);
         same_bits("logits", &engine.run(&inputs).unwrap(), &logits(&model, &inputs));
+    }
+}
+
+/// The GPUs to test on. `GPUSQ_NEED_GPU=1` makes their absence a failure.
+fn gpus() -> Vec<Device> {
+    let gpus: Vec<Device> = Device::all().into_iter().filter(|d| *d != Device::Cpu).collect();
+    if gpus.is_empty() {
+        assert!(std::env::var_os("GPUSQ_NEED_GPU").is_none(), "{:?}", Device::named("cuda").err());
+        println!("skipped: no GPU");
+    }
+    gpus
+}
+
+/// BERT's proportions with heads as wide as in real models, so that every kernel for them is met.
+const WIDE_BERT: &str = r#"{"model_type": "bert", "vocab_size": 500, "hidden_size": 384, "num_hidden_layers": 3,
+    "num_attention_heads": 6, "intermediate_size": 1536, "max_position_embeddings": 400, "type_vocab_size": 2,
+    "pad_token_id": 0}"#;
+
+/// Rows that are no padding, of outputs that have one for each token or for each sequence.
+fn real_rows(t: &Tensor, inputs: &Inputs) -> Vec<Vec<f32>> {
+    let mask = inputs.tokens.mask.as_ref().filter(|m| m.len() == t.rows());
+    let rows = t.f32().chunks_exact(t.width()).enumerate();
+    rows.filter(|(i, _)| mask.is_none_or(|m| m[*i])).map(|(_, row)| row.to_vec()).collect()
+}
+
+/// How far a GPU's outputs may be from the CPU's, as a share of the largest: hidden states are f16 (11 bits), and a value
+/// that falls on the other side of a tie moves by a step of its grid, of the last pair's grid too, which is up to 2 % of
+/// the largest logit.
+const APART: f32 = 0.08;
+
+#[track_caller]
+fn near(what: &str, got: &Tensor, want: &Tensor, inputs: &Inputs) {
+    assert_eq!(got.shape(), want.shape(), "{what}");
+    let (got, want) = (real_rows(got, inputs), real_rows(want, inputs));
+    let most = want.iter().flatten().fold(0.0f32, |m, v| m.max(v.abs()));
+    let mut squares = (0.0, 0.0);
+    for (i, (g, w)) in got.iter().zip(&want).enumerate() {
+        for (g, w) in g.iter().zip(w) {
+            assert!((g - w).abs() <= APART * most, "{what}, row {i}: {g}, CPU {w}");
+            squares = (squares.0 + f64::from(g - w).powi(2), squares.1 + f64::from(*w).powi(2));
+        }
+        // The largest output of a row is the answer, where the CPU is not undecided itself.
+        let best = |row: &[f32]| (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap();
+        let mut sorted = w.clone();
+        sorted.sort_by(f32::total_cmp);
+        if w.len() > 1 && sorted[w.len() - 1] - sorted[w.len() - 2] > APART / 2.0 * most {
+            assert_eq!(best(g), best(w), "{what}, row {i}: {g:?}, CPU {w:?}");
+        }
+    }
+    let apart = (squares.0 / squares.1.max(1e-30)).sqrt();
+    assert!(apart < f64::from(APART) / 2.0, "{what}: {apart} of the outputs' size apart");
+    println!("{apart:.5} apart: {what}");
+}
+
+/// A quantised model, packed.
+fn packed_int8(
+    config: &str,
+    head: Option<HeadKind>,
+    pattern: Option<&str>,
+    outputs: bool,
+    seed: u64,
+) -> Model {
+    let mut model = dense(config, head, seed);
+    model.attention = pattern.map(|p| p.parse().unwrap());
+    prune(&mut model);
+    let types = model.spec.encoder.as_ref().unwrap().embed.types;
+    let (vocab, most) = (model.spec.vocab, model.spec.max_length().min(40));
+    let samples = [inputs(3, most, vocab, types, true, seed), inputs(2, most - 1, vocab, types, false, seed)];
+    quantise(&mut model, &samples, outputs);
+    model.packed().unwrap()
+}
+
+/// With kernels that are taken without measuring them: that would compile dozens for each small model.
+fn unplanned(model: &Model, device: Device) -> Engine {
+    Engine::load_with(model, device, Products::Likely).unwrap()
+}
+
+#[test]
+fn a_gpu_gives_the_answers_of_the_cpu() {
+    for gpu in gpus() {
+        let mut seed = 900;
+        for config in [BERT, DISTILBERT, ROBERTA, WIDE_BERT] {
+            for head in HEADS {
+                for (pattern, outputs) in
+                    [(None, true), (None, false), (Some("2:4"), true), (Some("1:4"), false)]
+                {
+                    seed += 1;
+                    let model = packed_int8(config, head, pattern, outputs, seed);
+                    let engines = [Device::Cpu, gpu].map(|d| unplanned(&model, d));
+                    let types = model.spec.encoder.as_ref().unwrap().embed.types;
+                    let (vocab, most) = (model.spec.vocab, model.spec.max_length());
+                    for (batch, length, padded) in
+                        [(3, 11, true), (1, most, false), (7, most.min(90), true), (2, 1, false)]
+                    {
+                        let inputs = inputs(batch, length, vocab, types, padded, seed);
+                        let what =
+                            format!("{head:?} {pattern:?} outputs {outputs} {batch} x {length} of {config}");
+                        let [want, got] = [0, 1].map(|i| engines[i].run(&inputs).unwrap());
+                        near(&what, &got, &want, &inputs);
+                        // The graph again, and on other inputs of its bucket before.
+                        engines[1].run(&self::inputs(batch, length, vocab, types, padded, !seed)).unwrap();
+                        same_bits(&what, &engines[1].run(&inputs).unwrap(), &got);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn f16_weights_give_the_answers_of_the_cpu_on_a_gpu() {
+    for gpu in gpus() {
+        for (seed, config) in [BERT, WIDE_BERT].into_iter().enumerate() {
+            for head in HEADS {
+                let mut pruned = dense(config, head, seed as u64 + 40);
+                pruned.attention = (seed == 0).then(|| "2:4".parse().unwrap());
+                prune(&mut pruned);
+                let model = pruned.packed().unwrap();
+                let types = model.spec.encoder.as_ref().unwrap().embed.types;
+                let inputs = inputs(5, 20, model.spec.vocab, types, true, seed as u64);
+                let [want, got] =
+                    [Device::Cpu, gpu].map(|d| Engine::load(&model, d).unwrap().run(&inputs).unwrap());
+                near(&format!("{head:?} of {config}"), &got, &want, &inputs);
+                // The same weights as INT8, taken for numbers.
+                let quantised = packed_int8(config, head, None, true, seed as u64);
+                let want = Engine::load(&quantised, Device::Cpu).unwrap().run(&inputs).unwrap();
+                let half = Engine::load_with(&quantised, gpu, Products::DenseF16).unwrap();
+                let got = half.run(&inputs).unwrap();
+                let size = |t: &Tensor| t.f32().iter().map(|x| f64::from(x * x)).sum::<f64>().sqrt();
+                let ratio = size(&got) / size(&want);
+                assert!((0.5..2.0).contains(&ratio), "{ratio}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_gpu_serves_many_threads_and_its_memory_stays_as_it_is() {
+    // For a long run: GPUSQ_REQUESTS=100000.
+    let requests: usize = std::env::var("GPUSQ_REQUESTS").map_or(1200, |n| n.parse().unwrap());
+    for gpu in gpus() {
+        let Device::Cuda(own) = gpu else { unreachable!("only GPUs") };
+        let model = packed_int8(WIDE_BERT, Some(HeadKind::Span), None, true, 5);
+        let engine = unplanned(&model, gpu);
+        let all: Vec<Inputs> = (0..24)
+            .map(|i| inputs(1 + i % 5, 10 + 13 * i, model.spec.vocab, 2, i % 2 == 0, i as u64))
+            .collect();
+        let want: Vec<Tensor> = all.iter().map(|i| engine.run(i).unwrap()).collect();
+        own.peak_memory();
+        let before = own.peak_memory();
+        std::thread::scope(|scope| {
+            for thread in 0..12 {
+                let (engine, all, want) = (&engine, &all, &want);
+                scope.spawn(move || {
+                    for i in 0..requests / 12 {
+                        let which = (i * 7 + thread * 5) % all.len();
+                        same_bits("a thread", &engine.run(&all[which]).unwrap(), &want[which]);
+                    }
+                });
+            }
+        });
+        assert_eq!(own.peak_memory(), before, "bytes of tensors on the GPU");
+    }
+}
+
+#[test]
+fn a_gpu_runs_what_it_measured_to_be_fastest() {
+    for gpu in gpus() {
+        let model = packed_int8(WIDE_BERT, Some(HeadKind::Classes(3)), None, true, 8);
+        let inputs = inputs(9, 60, model.spec.vocab, 2, true, 3);
+        let engine = Engine::load(&model, gpu).unwrap();
+        let plan = engine.plan(&inputs).unwrap().unwrap();
+        // Queries, keys and values; three more maps for all tokens, three for first tokens, and two of the head.
+        assert_eq!(plan.len(), 9, "{plan:?}");
+        for row in &plan {
+            let own = row.times.iter().find(|t| t.kernel == row.kernel && t.sparse == row.sparse).unwrap();
+            assert!(
+                row.times.iter().all(|t| t.microseconds >= own.microseconds && t.microseconds > 0.0),
+                "{row:?}"
+            );
+            assert_eq!(row.why_dense().is_some(), !row.sparse);
+        }
+        // A second engine finds it on disk.
+        assert_eq!(Engine::load(&model, gpu).unwrap().plan(&inputs).unwrap().unwrap(), plan);
+        let want = unplanned(&model, gpu).run(&inputs).unwrap();
+        let dense = Engine::load_with(&model, gpu, Products::DenseInt8).unwrap();
+        assert!(dense.plan(&inputs).unwrap().unwrap().iter().all(|row| !row.sparse));
+        // Every kernel gives the same sums, and so the same answers.
+        same_bits("planned", &engine.run(&inputs).unwrap(), &want);
+        same_bits("dense", &dense.run(&inputs).unwrap(), &want);
+    }
+}
+
+#[test]
+fn large_batches_take_several_passes_on_a_gpu() {
+    for gpu in gpus() {
+        let model = packed_int8(BERT, Some(HeadKind::Classes(3)), None, true, 6);
+        let engines = [Device::Cpu, gpu].map(|d| unplanned(&model, d));
+        let inputs = inputs(4000, 20, 50, 2, false, 1);
+        let [want, got] = engines.map(|e| e.run(&inputs).unwrap());
+        near("4000 sequences", &got, &want, &inputs);
+    }
+}
+
+#[test]
+fn what_a_gpu_does_not_run_is_refused_with_what_does() {
+    for gpu in gpus() {
+        let mut pruned = dense(ODD_BERT, HEADS[0], 2);
+        prune(&mut pruned);
+        let odd = packed_int8(ODD_BERT, HEADS[0], None, false, 3);
+        for (model, part) in [(pruned.packed().unwrap(), "multiples of 8"), (odd, "INT8 and others are not")]
+        {
+            let e = Engine::load(&model, gpu).err().unwrap().to_string();
+            assert!(e.contains(part) && e.contains("--device cpu"), "{e}");
+        }
+        let engine = unplanned(&packed_int8(BERT, HEADS[0], None, true, 4), gpu);
+        let mut left = inputs(2, 10, 50, 2, true, 1);
+        left.tokens.mask.as_mut().unwrap()[0] = false;
+        let e = engine.run(&left).unwrap_err().to_string();
+        assert!(e.contains("sequence 1") && e.contains("padding comes last"), "{e}");
+        engine.run(&inputs(2, 10, 50, 2, true, 1)).unwrap();
     }
 }

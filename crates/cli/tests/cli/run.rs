@@ -60,7 +60,9 @@ fn a_classifier_says_of_each_line_what_evaluation_says_of_it() {
         task("sst2").unwrap().load(&data(), Split::Dev, &tokenizer, 32).unwrap()
     };
     let m = Model::load(&packed).unwrap();
-    let want = gpusq::evaluate::predict(&m, &dataset, 7, 0, Compute::CPU, &mut |_| {}).unwrap();
+    let want =
+        gpusq::evaluate::predict(&m, &dataset, 7, 0, Compute::CPU, gpusq::tensor::Device::Cpu, &mut |_| {})
+            .unwrap();
     let text = fs::read_to_string(data().join("dev.tsv")).unwrap();
     let sentences: Vec<&str> = text.lines().skip(1).map(|l| l.split('\t').next().unwrap()).collect();
     // Batches smaller than the file, empty lines, objects among plain text.
@@ -154,4 +156,68 @@ fn bad_lines_are_named_by_their_number() {
     let before = tree(&dense);
     given(&args(&dense, &[]), b"fine\n").fails(1, &["the engine runs packed models", "pack it"]);
     assert!(before == tree(&dense));
+}
+
+#[test]
+fn bench_times_what_it_is_told_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let packed = compressed().join("packed");
+    let words = [
+        "bench",
+        "--device",
+        "cpu",
+        "--json",
+        "--model",
+        packed.to_str().unwrap(),
+        "--batch",
+        "1,3",
+        "--length",
+        "8,32",
+        "--repeats",
+        "3",
+        "--out",
+        dir.path().join("times").to_str().unwrap(),
+    ]
+    .map(String::from);
+    let done = run(&words);
+    done.ok();
+    let bench = &done.event("bench")["bench"];
+    let series = bench["series"].as_array().unwrap();
+    assert_eq!(series.iter().map(|s| s["name"].as_str().unwrap()).collect::<Vec<_>>(), ["gemm", "gemm-mha"]);
+    for s in series {
+        let cells: Vec<[u64; 3]> = s["cells"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|c| ["batch", "length", "runs"].map(|key| c[key].as_u64().unwrap()))
+            .collect();
+        assert_eq!(cells, [[1, 8, 3], [3, 8, 3], [1, 32, 3], [3, 32, 3]]);
+        assert!(s["cells"].as_array().unwrap().iter().all(|c| c["median"].as_f64().unwrap() > 0.0));
+    }
+    let written: Value =
+        serde_json::from_slice(&fs::read(dir.path().join("times/bench.json")).unwrap()).unwrap();
+    assert_eq!(&written, bench);
+    assert!(dir.path().join("times/report.html").exists());
+    let wrong = |flag: &str, value: &str, code: i32, part: &str| {
+        let mut args = words.to_vec();
+        args.truncate(6);
+        args.extend([flag, value].map(String::from));
+        run(&args).fails(code, &[part]);
+    };
+    wrong("--length", "33", 1, "takes 32 tokens");
+    wrong("--batch", "1,x", 2, "as in 1,8,32");
+    let unknown = ["bench", "--device", "cpu", "--json", "--spec", "bert-huge"].map(String::from);
+    run(&unknown).fails(2, &["bert-huge", "bert-base"]);
+}
+
+#[test]
+fn a_plan_is_about_gpus() {
+    let packed = compressed().join("packed");
+    let inspect = |more: &[&str]| {
+        let words = ["inspect", packed.to_str().unwrap(), "--json"];
+        run(&words.iter().chain(more).map(|s| s.to_string()).collect::<Vec<_>>())
+    };
+    inspect(&["--plan", "--device", "cpu"]).fails(2, &["--plan is about GPUs"]);
+    inspect(&["--length", "8"]).fails(2, &["required arguments"]);
+    inspect(&[]).ok();
 }

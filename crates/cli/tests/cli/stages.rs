@@ -53,7 +53,8 @@ fn every_stage_is_scored_and_the_packed_model_answers_as_the_quantised_one() {
     let logits = |dir: &Path| {
         let (model, tokenizer) = (Model::load(dir).unwrap(), Tokenizer::load(dir).unwrap());
         let dev = task("sst2").unwrap().load(&data(), Split::Dev, &tokenizer, 32).unwrap();
-        predict(&model, &dev, 7, tokenizer.pad_id(), Compute::CPU, &mut |_| {}).unwrap()
+        predict(&model, &dev, 7, tokenizer.pad_id(), Compute::CPU, gpusq::tensor::Device::Cpu, &mut |_| {})
+            .unwrap()
     };
     assert_eq!(logits(&folders[3]), logits(&folders[4]), "logits to the last bit");
 }

@@ -1,15 +1,21 @@
-//! The engine: packed encoder models from tokens to outputs, without a tape, on a CPU.
+//! The engine: packed encoder models from tokens to outputs, without a tape, on a CPU or an NVIDIA GPU.
 //!
-//! On a CPU its answers are the fake-quantised forward's bit for bit.
+//! On a CPU its answers are the fake-quantised forward's bit for bit. On a GPU integer products are as exact, but hidden
+//! states are f16, and softmax and norms sum in another order: labels and spans agree, logits differ a little.
 
 mod cpu;
+mod gpu;
+mod plan;
 mod site;
 mod weights;
 
 use std::collections::BTreeMap;
+use std::time::Instant;
 
 use gpusq_tensor::ops::attention;
 use gpusq_tensor::{Device, Tensor};
+
+pub use plan::{Place, Row, Time};
 
 use crate::inputs::{Inputs, Tokens};
 use crate::model::Model;
@@ -25,18 +31,41 @@ pub struct Engine {
     encoder: Encoder,
 }
 
+/// Which matrix products a GPU may use; a CPU has one kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Products {
+    /// 2:4 or dense INT8, whatever was measured to be faster.
+    #[default]
+    Fastest,
+    /// 2:4 INT8 by the kernels that are likely to be fast, without measuring: nothing is compiled that is not used.
+    Likely,
+    /// Dense INT8: the same codes with their zeros, to compare with.
+    DenseInt8,
+    /// Dense f16 by cuBLASLt: what the codes stand for, to compare with. Activations are not quantised.
+    DenseF16,
+}
+
 /// Where and how it runs.
 enum Encoder {
     Cpu(cpu::Encoder),
+    Gpu(gpu::Encoder),
 }
 
 impl Engine {
+    /// [`Engine::load_with`] of what is fastest.
+    ///
+    /// # Errors
+    /// As [`Engine::load_with`].
+    pub fn load(model: &Model, device: Device) -> Result<Engine> {
+        Self::load_with(model, device, Products::default())
+    }
+
     /// Prepares a packed encoder model for `device`: reorders INT8 weights for it, expands f16 ones to f32.
     ///
     /// # Errors
     /// [`Error::Mismatch`] for a model that is not packed or has a decoder, an attention pattern that
     /// cannot be run, and weights that are missing or do not fit the specification.
-    pub fn load(model: &Model, device: Device) -> Result<Engine> {
+    pub fn load_with(model: &Model, device: Device, products: Products) -> Result<Engine> {
         if !model.stage.packed() {
             let message =
                 format!("the engine runs packed models, and this one is {}; pack it", model.stage.title());
@@ -57,10 +86,7 @@ impl Engine {
         }
         let encoder = match device {
             Device::Cpu => Encoder::Cpu(cpu::Encoder::load(model, stack)?),
-            Device::Cuda(_) => {
-                let message = "the engine runs on a CPU so far; use --device cpu";
-                return Err(Error::Mismatch(message.into()));
-            }
+            Device::Cuda(gpu) => Encoder::Gpu(gpu::Encoder::load(gpu, model, stack, products)?),
         };
         Ok(Engine { spec, encoder })
     }
@@ -75,6 +101,7 @@ impl Engine {
         self.check(inputs)?;
         match &self.encoder {
             Encoder::Cpu(encoder) => Ok(encoder.run(&inputs.tokens, None)),
+            Encoder::Gpu(encoder) => encoder.run(&inputs.tokens),
         }
     }
 
@@ -88,6 +115,38 @@ impl Engine {
         let mut codes = Codes::new();
         match &self.encoder {
             Encoder::Cpu(encoder) => Ok((encoder.run(&inputs.tokens, Some(&mut codes)), codes)),
+            Encoder::Gpu(_) => Err(Error::Mismatch("codes are tapped on a CPU; use --device cpu".into())),
+        }
+    }
+
+    /// Milliseconds of each of `repeats` runs of the same inputs: on a GPU from the copy of the tokens to that of the
+    /// outputs, one run behind the other; on a CPU of [`Engine::run`].
+    ///
+    /// # Errors
+    /// As [`Engine::run`].
+    pub fn times(&self, inputs: &Inputs, repeats: usize) -> Result<Vec<f64>> {
+        self.check(inputs)?;
+        match &self.encoder {
+            Encoder::Cpu(encoder) => Ok((0..repeats)
+                .map(|_| {
+                    let start = Instant::now();
+                    encoder.run(&inputs.tokens, None);
+                    start.elapsed().as_secs_f64() * 1e3
+                })
+                .collect()),
+            Encoder::Gpu(encoder) => encoder.times(&inputs.tokens, repeats),
+        }
+    }
+
+    /// The kernels that run inputs of this size, measured if nobody has yet; `None` on a CPU, which chooses without.
+    ///
+    /// # Errors
+    /// As [`Engine::run`].
+    pub fn plan(&self, inputs: &Inputs) -> Result<Option<Vec<Row>>> {
+        self.check(inputs)?;
+        match &self.encoder {
+            Encoder::Cpu(_) => Ok(None),
+            Encoder::Gpu(encoder) => encoder.plan(&inputs.tokens).map(Some),
         }
     }
 

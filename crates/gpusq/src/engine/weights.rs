@@ -31,6 +31,14 @@ pub(super) struct Stored<'a> {
 }
 
 impl Stored<'_> {
+    /// How many outputs it has.
+    pub(super) fn rows(&self) -> usize {
+        match self.weight {
+            Weight::Packed(p) => p.values.rows(),
+            Weight::Dense(t) | Weight::Masked { value: t, .. } | Weight::Fake { value: t, .. } => t.rows(),
+        }
+    }
+
     /// Whether its product is one of INT8 codes.
     pub(super) fn integer(&self) -> bool {
         matches!(self.weight, Weight::Packed(p) if p.scale.is_some())

@@ -4,6 +4,7 @@
 //! with its styles and plots inside, no script, nothing fetched. [`read`] takes a `run.json` back, so that
 //! a page can be made again without the run.
 
+mod bench;
 mod comparison;
 mod html;
 mod plot;
@@ -13,6 +14,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+pub use bench::{BENCH_FILE, Bench, BenchCell, BenchSeries, write_bench};
 pub use comparison::{
     COMPARISON_FILE, Comparison, Measured, Row, SeedRun, Summary, TABLE_FILE, write_comparison,
 };
@@ -65,6 +67,11 @@ pub struct RunRecord {
     pub config: String,
     /// Remarks for the reader, plain text.
     pub notes: Vec<String>,
+}
+
+/// This moment, as records say when they began: UTC, to the second.
+pub fn now() -> String {
+    humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string()
 }
 
 /// The computer a run used.

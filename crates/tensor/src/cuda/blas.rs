@@ -220,6 +220,7 @@ impl Blas {
         let of = |dtype| match dtype {
             DType::F32 => F32,
             DType::Bf16 => sys::cudaDataType::CUDA_R_16BF,
+            DType::F16 => sys::cudaDataType::CUDA_R_16F,
             other => panic!("no matrix products of {other:?}"),
         };
         let description = result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, F32)?;

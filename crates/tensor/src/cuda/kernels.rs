@@ -2,7 +2,7 @@
 
 use std::ffi::{CString, c_char};
 use std::hash::{Hash, Hasher};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::{env, fs, process};
 
 use cudarc::driver::sys as driver;
@@ -138,33 +138,44 @@ pub(super) fn cubin(source: &Variant, target: &str) -> Result<Vec<u8>, CudaError
     let cubin = compile(source, target)?;
     // A cache that cannot be written (a full disk, a read-only home) costs time and nothing else.
     if let Some(file) = file {
-        let _ = write(&file, &cubin);
+        let _ = write_cached(&file, &[&cubin, &fnv(&cubin).to_le_bytes()[..]].concat());
     }
     Ok(cubin)
 }
 
-/// `$GPUSQ_CACHE`, `$XDG_CACHE_HOME/gpusq` or `~/.cache/gpusq`.
-fn cache_file(variant: &Variant, target: &str) -> Option<PathBuf> {
-    let folder = match (env::var_os("GPUSQ_CACHE"), env::var_os("XDG_CACHE_HOME"), env::var_os("HOME")) {
-        (Some(dir), _, _) => PathBuf::from(dir),
-        (_, Some(dir), _) => PathBuf::from(dir).join("gpusq"),
-        (_, _, Some(home)) => PathBuf::from(home).join(".cache/gpusq"),
-        _ => return None,
-    };
+/// Where what was compiled and measured is kept: `$GPUSQ_CACHE`, `$XDG_CACHE_HOME/gpusq` or `~/.cache/gpusq`.
+pub fn cache_folder() -> Option<PathBuf> {
+    match (env::var_os("GPUSQ_CACHE"), env::var_os("XDG_CACHE_HOME"), env::var_os("HOME")) {
+        (Some(dir), _, _) => Some(PathBuf::from(dir)),
+        (_, Some(dir), _) => Some(PathBuf::from(dir).join("gpusq")),
+        (_, _, Some(home)) => Some(PathBuf::from(home).join(".cache/gpusq")),
+        _ => None,
+    }
+}
+
+fn compiler_version() -> String {
     let (mut major, mut minor) = (0, 0);
     // SAFETY: writes two integers.
     unsafe { nvrtc::nvrtcVersion(&mut major, &mut minor) };
-    let version = format!("nvrtc {major}.{minor}");
-    let hash = fnv(&[PRELUDE, &variant.header(), variant.source.text, target, &version].join("\0"));
-    Some(folder.join(format!("kernels/{}-{target}-{hash:016x}.cubin", variant.source.name)))
+    format!("nvrtc {major}.{minor}")
+}
+
+/// Versions of the driver's interface and of the kernel compiler, once a GPU was opened.
+pub fn versions() -> String {
+    let mut driver = 0;
+    // SAFETY: writes an integer.
+    unsafe { driver::cuDriverGetVersion(&mut driver) };
+    format!("CUDA driver {}.{}, {}", driver / 1000, driver % 1000 / 10, compiler_version())
+}
+
+fn cache_file(variant: &Variant, target: &str) -> Option<PathBuf> {
+    let version = compiler_version();
+    let hash = fnv([PRELUDE, &variant.header(), variant.source.text, target, &version].join("\0").as_bytes());
+    Some(cache_folder()?.join(format!("kernels/{}-{target}-{hash:016x}.cubin", variant.source.name)))
 }
 
 /// FNV-1a: the same in every build, unlike the standard library's hasher.
-fn fnv(text: &str) -> u64 {
-    fnv_bytes(text.as_bytes())
-}
-
-fn fnv_bytes(bytes: &[u8]) -> u64 {
+pub fn fnv(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xCBF2_9CE4_8422_2325, |h, b| (h ^ *b as u64).wrapping_mul(0x0100_0000_01B3))
 }
 
@@ -173,14 +184,18 @@ fn unsealed(mut file: Vec<u8>) -> Option<Vec<u8>> {
     let at = file.len().checked_sub(8)?;
     let sum = u64::from_le_bytes(file[at..].try_into().ok()?);
     file.truncate(at);
-    (fnv_bytes(&file) == sum).then_some(file)
+    (fnv(&file) == sum).then_some(file)
 }
 
-fn write(file: &PathBuf, cubin: &[u8]) -> std::io::Result<()> {
+/// Writes a file of the cache and its folder.
+///
+/// # Errors
+/// What the file system says; a cache can be done without.
+pub fn write_cached(file: &Path, bytes: &[u8]) -> std::io::Result<()> {
     fs::create_dir_all(file.parent().expect("has a folder"))?;
     // Renamed into place, so that processes that start together never read half a file.
     let part = file.with_extension(format!("{}.part", process::id()));
-    fs::write(&part, [cubin, &fnv_bytes(cubin).to_le_bytes()[..]].concat())?;
+    fs::write(&part, bytes)?;
     fs::rename(part, file)
 }
 
@@ -286,7 +301,7 @@ mod tests {
     #[test]
     fn a_damaged_cache_file_is_compiled_again_not_loaded() {
         let mut file = b"image".to_vec();
-        file.extend(fnv_bytes(b"image").to_le_bytes());
+        file.extend(fnv(b"image").to_le_bytes());
         assert_eq!(unsealed(file.clone()).unwrap(), b"image");
         file[1] ^= 1;
         assert!(unsealed(file).is_none() && unsealed(vec![1, 2]).is_none());

@@ -20,11 +20,14 @@ use std::hash::{Hash, Hasher};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::{fmt, ptr};
 
+use rayon::prelude::*;
+
 use crate::Device;
 use cudarc::driver::{CudaContext, DriverError, result, sys};
 
 pub use arena::{Arena, Layout, Pinned};
 pub(crate) use kernels::{Source, Variant, source};
+pub use kernels::{cache_folder, fnv, versions, write_cached};
 pub use stream::{Graph, Stream};
 
 use blas::Blas;
@@ -332,10 +335,26 @@ impl Gpu {
         grid: Grid,
         arguments: &[Arg],
     ) {
+        self.start(source.into(), name, grid, arguments, false);
+    }
+
+    /// [`Gpu::launch`] of a kernel that may be started while the one before it still runs (Hopper and newer): all its
+    /// blocks call `after_previous` before they read or write what other kernels write.
+    pub(crate) fn launch_early(
+        self,
+        source: impl Into<Variant>,
+        name: &'static str,
+        grid: Grid,
+        arguments: &[Arg],
+    ) {
+        self.start(source.into(), name, grid, arguments, !self.0.target.starts_with("sm_8"));
+    }
+
+    fn start(self, source: Variant, name: &'static str, grid: Grid, arguments: &[Arg], early: bool) {
         if grid.blocks.contains(&0) || self.failed() {
             return;
         }
-        let function = match self.function(source.into(), name) {
+        let function = match self.function(source, name) {
             Ok(f) => f,
             Err(e) => return self.fail(e),
         };
@@ -358,15 +377,45 @@ impl Gpu {
                     )?;
                 }
                 let stream = gpu.stream();
-                result::launch_kernel(
-                    function,
-                    (x, y, z),
-                    (grid.threads, 1, 1),
-                    grid.shared,
-                    stream,
-                    &mut pointers,
-                )
+                if !early {
+                    let threads = (grid.threads, 1, 1);
+                    return result::launch_kernel(
+                        function,
+                        (x, y, z),
+                        threads,
+                        grid.shared,
+                        stream,
+                        &mut pointers,
+                    );
+                }
+                let mut attribute: sys::CUlaunchAttribute = std::mem::zeroed();
+                attribute.id =
+                    sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+                attribute.value.programmaticStreamSerializationAllowed = 1;
+                let how = sys::CUlaunchConfig {
+                    gridDimX: x,
+                    gridDimY: y,
+                    gridDimZ: z,
+                    blockDimX: grid.threads,
+                    blockDimY: 1,
+                    blockDimZ: 1,
+                    sharedMemBytes: grid.shared,
+                    hStream: stream,
+                    attrs: &raw mut attribute,
+                    numAttrs: 1,
+                };
+                sys::cuLaunchKernelEx(&how, function, pointers.as_mut_ptr(), ptr::null_mut()).result()
             }
+        });
+    }
+
+    /// Compiles and loads what is not loaded yet, on all threads: one after the other takes seconds each.
+    pub(crate) fn prepare(self, variants: &[Variant]) {
+        let known = |v: &&Variant| lock(&self.0.modules).contains_key(*v);
+        let new: Vec<&Variant> = variants.iter().filter(|v| !known(v)).collect();
+        // Failures come up when the kernel is launched.
+        new.par_iter().for_each(|variant| {
+            let _ = kernels::cubin(variant, &self.0.target);
         });
     }
 

@@ -14,6 +14,7 @@ pub mod dense_linear;
 pub mod dropout;
 pub mod embedding;
 pub mod gated;
+pub mod half_linear;
 pub mod int8_linear;
 pub mod kl_divergence;
 pub mod layer_norm;
@@ -63,6 +64,7 @@ pub(crate) fn variants() -> (Vec<crate::cuda::Variant>, Vec<crate::cuda::Variant
         attention::flash_variants(),
         codes::variants(),
         dense_linear::variants(),
+        half_linear::variants(),
         norm_codes::variants(),
         sparse,
         varlen_attention::variants(),

@@ -20,5 +20,5 @@ pub(crate) fn variants() -> Vec<Variant> {
 pub(super) fn quantize(gpu: Gpu, x: &Tensor, function: Option<Activation>, codes: Codes) {
     let n = x.len();
     let arguments = [codes.to.memory().into(), x.memory().into(), codes.step.into(), n.into()];
-    gpu.launch(variant(function), "quantize", Grid::elements(n.div_ceil(8)), &arguments);
+    gpu.launch_early(variant(function), "quantize", Grid::elements(n.div_ceil(8)), &arguments);
 }

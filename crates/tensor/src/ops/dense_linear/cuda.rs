@@ -41,5 +41,5 @@ pub(super) fn apply(
         (outputs as i32).into(),
         (width as i32).into(),
     ];
-    gpu.launch(variant(function, y.dtype()), "forward", grid, &arguments);
+    gpu.launch_early(variant(function, y.dtype()), "forward", grid, &arguments);
 }

@@ -48,7 +48,7 @@ pub(super) fn add_norm(gpu: Gpu, x: &Tensor, residual: Option<&Tensor>, norm: No
     arguments.extend([x.memory().into(), residual.map_or(ABSENT, |r| r.memory().into())]);
     arguments.extend(norm);
     arguments.extend([step, (x.rows() as i32).into()]);
-    gpu.launch(variant(x.width(), which), "add_norm", grid(x.rows()), &arguments);
+    gpu.launch_early(variant(x.width(), which), "add_norm", grid(x.rows()), &arguments);
 }
 
 pub(super) fn embed_norm(gpu: Gpu, lookups: [Option<Lookup>; 3], scale: f32, norm: Option<Norm>, out: Out) {

@@ -41,5 +41,5 @@ pub(super) fn first_rows(gpu: Gpu, x: &Tensor, segments: &Segments, out: &Tensor
         (x.rows() as i32 - 1).into(),
     ];
     let grid = Grid { threads: 128, ..Grid::blocks(segments.sequences()) };
-    gpu.launch(&SOURCE, "first_rows", grid, &arguments);
+    gpu.launch_early(&SOURCE, "first_rows", grid, &arguments);
 }

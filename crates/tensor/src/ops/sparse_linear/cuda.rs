@@ -4,7 +4,7 @@ use std::fmt;
 
 use super::pack::{COLS, block_bytes};
 use super::{Epilogue, Store, Weight};
-use crate::cuda::{Arg, Gpu, Grid, Source, TensorMap, Variant};
+use crate::cuda::{Arg, Gpu, Grid, Source, TensorMap, Variant, fnv};
 use crate::ops::activation::Activation;
 use crate::{DType, Device, Tensor};
 
@@ -167,6 +167,17 @@ fn variant(kernel: Kernel, sparse: bool, shared: usize, e: &Epilogue) -> (Varian
     }
 }
 
+pub(super) fn prepare(all: &[(Kernel, &Weight, &Epilogue)]) {
+    let Some(Device::Cuda(gpu)) = all.first().map(|(_, w, _)| w.packed.device()) else { return };
+    let shared = gpu.shared_memory();
+    let variants: Vec<Variant> = all.iter().map(|(k, w, e)| variant(*k, w.sparse, shared, e).0).collect();
+    gpu.prepare(&variants);
+}
+
+pub(super) fn version() -> u64 {
+    fnv([MMA.text, WGMMA.text].concat().as_bytes())
+}
+
 pub(super) fn launch(kernel: &Kernel, x: &Tensor, w: &Weight, e: &Epilogue, out: &mut Tensor) {
     let Device::Cuda(gpu) = w.packed.device() else { unreachable!("weights are on a GPU") };
     assert!(kernel.takes(gpu, w), "{kernel} for {w:?}");
@@ -207,7 +218,7 @@ pub(super) fn launch(kernel: &Kernel, x: &Tensor, w: &Weight, e: &Epilogue, out:
     };
     let arguments: Vec<Arg> = std::iter::once(first).chain(rest).collect();
     let grid = Grid { blocks: [blocks as u32, 1, 1], threads: threads as u32, shared: shared as u32 };
-    gpu.launch(variant, name, grid, &arguments);
+    gpu.launch_early(variant, name, grid, &arguments);
 }
 
 /// Every kernel with epilogues that between them have every branch, for the test that compiles all sources: those for

@@ -54,6 +54,8 @@ extern "C" __global__ void __launch_bounds__(128) multiply_tiles(const u8 *__res
     int stages = (e.cols + 127) / 128;
     const u8 *from = w + (long long)block * stages * CHUNK;
     int acc[BN / 2] = {};
+    let_next_start();
+    after_previous();
 #pragma unroll
     for (int k = 0; k < STAGES - 1; k++) copy_x(memory + k * X_BYTES, x, e, token0, k * 128);
     for (int k = 0; k < stages; k++) {

@@ -137,6 +137,16 @@ pub fn kernels(w: &Weight, tokens: usize) -> Vec<Kernel> {
     cuda::kernels(w, tokens)
 }
 
+/// Compiles, on all threads, what a launch of each kernel with this weight and epilogue needs.
+pub fn prepare(all: &[(Kernel, &Weight, &Epilogue)]) {
+    cuda::prepare(all);
+}
+
+/// Changes with the kernels: what was measured of others says nothing.
+pub fn version() -> u64 {
+    cuda::version()
+}
+
 /// Writes the map of `x`, i8 `[tokens, in]`, to `out`, `[tokens, out]` of [`Store::dtype`], both on the weight's GPU.
 ///
 /// Nothing is allocated and nothing waited for, so the launch can be captured in a CUDA graph. Panics if shapes or

@@ -160,10 +160,13 @@ sparse_linear(const __grid_constant__ TensorMap x, const u8 *__restrict__ w, EPI
     }
     if (CLUSTER == 1) __syncthreads();
     else asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+    let_next_start();
 
     if (group == WGS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(WGS == 3 ? 32 : 24));
         if (threadIdx.x == WGS * 128) {
+            // The others write nothing before they have what is loaded here.
+            after_previous();
             Ring ring = {0, 1};
             for (Tiles tiles(e); tiles.more(); tiles.next()) {
                 int token = tiles.token() + rank * (BN / CLUSTER);

@@ -117,7 +117,7 @@ pub(super) fn attention_by(
         Kernel::Mma => (128, 3 * KEYS * (bytes + 16) + 2 * KEYS * (2 * width + 16)),
     };
     let grid = Grid { blocks: [tiles as u32, how.heads as u32, 1], threads, shared: shared as u32 };
-    gpu.launch(
+    gpu.launch_early(
         variant(source, width, how.pattern, steps.is_some(), step.is_some()),
         "forward",
         grid,
