@@ -60,6 +60,7 @@ pub(crate) const SOURCES: &[&crate::cuda::Source] = &[
 #[cfg(test)]
 pub(crate) fn variants() -> (Vec<crate::cuda::Variant>, Vec<crate::cuda::Variant>) {
     let (sparse, sparse_hopper) = sparse_linear::variants();
+    let (varlen, varlen_hopper) = varlen_attention::variants();
     let any = [
         attention::flash_variants(),
         codes::variants(),
@@ -67,9 +68,9 @@ pub(crate) fn variants() -> (Vec<crate::cuda::Variant>, Vec<crate::cuda::Variant
         half_linear::variants(),
         norm_codes::variants(),
         sparse,
-        varlen_attention::variants(),
+        varlen,
     ];
-    (any.into_iter().flatten().collect(), sparse_hopper)
+    (any.into_iter().flatten().collect(), [sparse_hopper, varlen_hopper].concat())
 }
 
 #[cfg(test)]

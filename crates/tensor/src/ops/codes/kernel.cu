@@ -1,6 +1,7 @@
 // FUNCTION is which activation comes first.
 
 extern "C" __global__ void quantize(signed char *codes, const f16 *x, float s, long long n) {
+    let_next_start();
     after_previous();
     Step step(s);
     for (long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * 8; i < n; i += (long long)gridDim.x * blockDim.x * 8) {
@@ -19,5 +20,4 @@ extern "C" __global__ void quantize(signed char *codes, const f16 *x, float s, l
         }
         *(uint2 *)(codes + i) = make_uint2(halves[0] | halves[1] << 16, halves[2] | halves[3] << 16);
     }
-    let_next_start();
 }

@@ -5,6 +5,7 @@ constexpr int ROWS = 4;
 
 extern "C" __global__ void __launch_bounds__(128)
     forward(void *y, const f16 *x, const f16 *weight, const float *bias, int rows, int outputs, int width) {
+    let_next_start();
     after_previous();
     int output = blockIdx.y * 4 + threadIdx.x / 32, lane = threadIdx.x % 32, row = blockIdx.x * ROWS;
     if (output >= outputs) return;
@@ -41,5 +42,4 @@ extern "C" __global__ void __launch_bounds__(128)
         if (HALF) ((f16 *)y)[at] = v;
         else ((float *)y)[at] = v;
     }
-    let_next_start();
 }

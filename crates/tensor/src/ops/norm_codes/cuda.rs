@@ -4,13 +4,18 @@ use crate::{DType, Tensor};
 
 static SOURCE: Source = source!("norm_codes");
 
-/// Rows of a block: a warp each.
+/// Rows of a block at a time: a warp each.
 const ROWS: usize = 4;
+
+/// Blocks of a multiprocessor, as registers allow.
+fn blocks(width: usize) -> usize {
+    if width <= 768 { 4 } else { 3 }
+}
 
 const ABSENT: Arg = Arg::Pointer(0);
 
 fn variant(width: usize, norm: usize) -> Variant {
-    SOURCE.with(DType::F32, &[("WIDTH", width), ("NORM", norm)])
+    SOURCE.with(DType::F32, &[("WIDTH", width), ("NORM", norm), ("BLOCKS", blocks(width))])
 }
 
 /// For the test that compiles every kernel.
@@ -37,8 +42,10 @@ fn outputs(out: Out) -> ([Arg; 2], Arg) {
     ([hidden, codes], out.codes.map_or(1.0, |c| c.step).into())
 }
 
-fn grid(rows: usize) -> Grid {
-    Grid { threads: 32 * ROWS as u32, ..Grid::blocks(rows.div_ceil(ROWS)) }
+/// As many blocks as run at a time: each keeps its gain and bias and goes on to other rows.
+fn grid(gpu: Gpu, rows: usize, width: usize) -> Grid {
+    let most = blocks(width) * gpu.multiprocessors();
+    Grid { threads: 32 * ROWS as u32, ..Grid::blocks(rows.div_ceil(ROWS).min(most)) }
 }
 
 pub(super) fn add_norm(gpu: Gpu, x: &Tensor, residual: Option<&Tensor>, norm: Norm, out: Out) {
@@ -48,7 +55,7 @@ pub(super) fn add_norm(gpu: Gpu, x: &Tensor, residual: Option<&Tensor>, norm: No
     arguments.extend([x.memory().into(), residual.map_or(ABSENT, |r| r.memory().into())]);
     arguments.extend(norm);
     arguments.extend([step, (x.rows() as i32).into()]);
-    gpu.launch_early(variant(x.width(), which), "add_norm", grid(x.rows()), &arguments);
+    gpu.launch_early(variant(x.width(), which), "add_norm", grid(gpu, x.rows(), x.width()), &arguments);
 }
 
 pub(super) fn embed_norm(gpu: Gpu, lookups: [Option<Lookup>; 3], scale: f32, norm: Option<Norm>, out: Out) {
@@ -63,5 +70,5 @@ pub(super) fn embed_norm(gpu: Gpu, lookups: [Option<Lookup>; 3], scale: f32, nor
     arguments.push(scale.into());
     arguments.extend(norm);
     arguments.extend([step, (rows as i32).into()]);
-    gpu.launch(variant(width, which), "embed_norm", grid(rows), &arguments);
+    gpu.launch_early(variant(width, which), "embed_norm", grid(gpu, rows, width), &arguments);
 }

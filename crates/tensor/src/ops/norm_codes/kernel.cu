@@ -1,4 +1,6 @@
-// A warp for each row, four rows a block. WIDTH is the row's, NORM which one; rows of up to 1,024 stay in registers.
+// A warp for a row, four warps a block, which go on to other rows. WIDTH is the row's, NORM which one, BLOCKS how many run on a
+// multiprocessor; rows of up to 1,024
+// stay in registers.
 
 enum { NONE, LAYER, RMS };
 
@@ -15,12 +17,20 @@ struct Output {
     float step;
 };
 
-// Where a row's numbers come from: eight from column c, or one.
+// Where a row's numbers come from: eight from column c, or one. What is fetched is kept as it comes until it is needed, so
+// that the next row is under way while this one is worked on.
 struct Sum {
     const f16 *x, *residual;
-    __device__ void read(float *v, int c) const {
-        uint4 a = *(const uint4 *)(x + c), b = residual ? *(const uint4 *)(residual + c) : make_uint4(0, 0, 0, 0);
-        const u32 xs[4] = {a.x, a.y, a.z, a.w}, rs[4] = {b.x, b.y, b.z, b.w};
+    struct Raw {
+        uint4 x, residual;
+    };
+    __device__ void fetch(Raw &raw, int c) const {
+        raw.x = *(const uint4 *)(x + c);
+        raw.residual = residual ? *(const uint4 *)(residual + c) : make_uint4(0, 0, 0, 0);
+    }
+    __device__ void sum(float *v, const Raw &raw) const {
+        const u32 xs[4] = {raw.x.x, raw.x.y, raw.x.z, raw.x.w};
+        const u32 rs[4] = {raw.residual.x, raw.residual.y, raw.residual.z, raw.residual.w};
 #pragma unroll
         for (int k = 0; k < 4; k++) {
             float2 x = floats_of_pair(xs[k]), r = floats_of_pair(rs[k]);
@@ -34,12 +44,17 @@ struct Sum {
 struct Embedded {
     const f16 *tables[3];
     float scale;
-    __device__ void read(float *v, int c) const {
+    struct Raw {
+        uint4 of[3];
+    };
+    __device__ void fetch(Raw &raw, int c) const {
+#pragma unroll
+        for (int t = 0; t < 3; t++) raw.of[t] = tables[t] ? *(const uint4 *)(tables[t] + c) : make_uint4(0, 0, 0, 0);
+    }
+    __device__ void sum(float *v, const Raw &raw) const {
 #pragma unroll
         for (int t = 0; t < 3; t++) {
-            if (!tables[t]) continue;
-            uint4 a = *(const uint4 *)(tables[t] + c);
-            const u32 xs[4] = {a.x, a.y, a.z, a.w};
+            const u32 xs[4] = {raw.of[t].x, raw.of[t].y, raw.of[t].z, raw.of[t].w};
 #pragma unroll
             for (int k = 0; k < 4; k++) {
                 float2 x = floats_of_pair(xs[k]);
@@ -56,9 +71,9 @@ struct Embedded {
     }
 };
 
-__device__ inline void write(const Output &out, const Step &step, const float *v, int c) {
+__device__ inline void write(const Output &out, const Step &step, const float *v, long long at) {
     if (out.hidden)
-        *(uint4 *)(out.hidden + c) =
+        *(uint4 *)(out.hidden + at) =
             make_uint4(f16_pair(v[0], v[1]), f16_pair(v[2], v[3]), f16_pair(v[4], v[5]), f16_pair(v[6], v[7]));
     if (out.codes) {
         u32 word[2];
@@ -68,110 +83,132 @@ __device__ inline void write(const Output &out, const Step &step, const float *v
                 d = step.code(v[4 * w + 3]);
             word[w] = a | b << 8 | c << 16 | d << 24;
         }
-        *(uint2 *)(out.codes + c) = make_uint2(word[0], word[1]);
+        *(uint2 *)(out.codes + at) = make_uint2(word[0], word[1]);
     }
 }
 
-template <class From>
-__device__ inline void held(const From &from, const Normal &norm, const Output &out, int lane) {
-    float v[HELD][8], sum = 0.0f, squares = 0.0f;
-#pragma unroll
-    for (int h = 0; h < HELD; h++) {
-        int c = (h * 32 + lane) * 8;
-        if (c < WIDTH) from.read(v[h], c);
-    }
+// A lane's eight columns of chunk h begin here; whether there are any.
+__device__ inline int column(int h) { return (h * 32 + (int)threadIdx.x % 32) * 8; }
+__device__ inline bool in(int h) { return CHUNKS % 32 == 0 || column(h) < WIDTH; }
+
+// A warp's rows, one after the other: `from` says where a row comes from.
+template <class From, class Of>
+__device__ inline void held(Of from, const Normal &norm, const Output &out, int rows) {
+    float gain[HELD][8], bias[HELD][8];
 #pragma unroll
     for (int h = 0; h < HELD; h++)
-        if ((h * 32 + lane) * 8 < WIDTH)
-#pragma unroll
-            for (int k = 0; k < 8; k++) sum += v[h][k];
-    float mean = NORM == LAYER ? warp_sum(sum) * (1.0f / WIDTH) : 0.0f, r = 1.0f;
-    if (NORM != NONE) {
-#pragma unroll
-        for (int h = 0; h < HELD; h++)
-            if ((h * 32 + lane) * 8 < WIDTH)
-#pragma unroll
-                for (int k = 0; k < 8; k++) {
-                    v[h][k] -= mean;
-                    squares += v[h][k] * v[h][k];
-                }
-        r = 1.0f / sqrtf(warp_sum(squares) * (1.0f / WIDTH) + norm.eps);
-    }
-    Step step(out.codes ? out.step : 1.0f);
-#pragma unroll
-    for (int h = 0; h < HELD; h++) {
-        int c = (h * 32 + lane) * 8;
-        if (c >= WIDTH) continue;
 #pragma unroll
         for (int k = 0; k < 8; k += 4) {
-            if (NORM == NONE) continue;
-            float4 g = *(const float4 *)(norm.gain + c + k), b = make_float4(0, 0, 0, 0);
-            if (norm.bias) b = *(const float4 *)(norm.bias + c + k);
-            v[h][k] = v[h][k] * r * g.x + b.x;
-            v[h][k + 1] = v[h][k + 1] * r * g.y + b.y;
-            v[h][k + 2] = v[h][k + 2] * r * g.z + b.z;
-            v[h][k + 3] = v[h][k + 3] * r * g.w + b.w;
+            if (NORM == NONE || !in(h)) continue;
+            *(float4 *)(gain[h] + k) = *(const float4 *)(norm.gain + column(h) + k);
+            if (NORM == LAYER) *(float4 *)(bias[h] + k) = *(const float4 *)(norm.bias + column(h) + k);
         }
-        write(out, step, v[h], c);
+    Step step(out.codes ? out.step : 1.0f);
+    // Gain, bias and step are nobody's to write.
+    after_previous();
+    int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, next = gridDim.x * (blockDim.x / 32);
+    typename From::Raw raw[HELD];
+    if (row < rows) {
+        From f = from(row);
+#pragma unroll
+        for (int h = 0; h < HELD; h++)
+            if (in(h)) f.fetch(raw[h], column(h));
+    }
+    for (; row < rows; row += next) {
+        float v[HELD][8], sum = 0.0f, squares = 0.0f;
+        From f = from(min(row + next, rows - 1));
+#pragma unroll
+        for (int h = 0; h < HELD; h++) {
+            if (!in(h)) continue;
+            f.sum(v[h], raw[h]);
+            if (row + next < rows) f.fetch(raw[h], column(h));
+        }
+#pragma unroll
+        for (int h = 0; h < HELD; h++)
+            if (in(h))
+#pragma unroll
+                for (int k = 0; k < 8; k++) sum += v[h][k];
+        float mean = NORM == LAYER ? warp_sum(sum) * (1.0f / WIDTH) : 0.0f, r = 1.0f;
+        if (NORM != NONE) {
+#pragma unroll
+            for (int h = 0; h < HELD; h++)
+                if (in(h))
+#pragma unroll
+                    for (int k = 0; k < 8; k++) {
+                        v[h][k] -= mean;
+                        squares += v[h][k] * v[h][k];
+                    }
+            r = 1.0f / sqrtf(warp_sum(squares) * (1.0f / WIDTH) + norm.eps);
+        }
+#pragma unroll
+        for (int h = 0; h < HELD; h++) {
+            if (!in(h)) continue;
+#pragma unroll
+            for (int k = 0; k < 8; k++)
+                if (NORM != NONE) v[h][k] = v[h][k] * r * gain[h][k] + (NORM == LAYER ? bias[h][k] : 0.0f);
+            write(out, step, v[h], (long long)row * WIDTH + column(h));
+        }
     }
 }
 
 // Rows of other widths are read for each pass.
-template <class From>
-__device__ inline void streamed(const From &from, const Normal &norm, const Output &out, int lane) {
-    float sum = 0.0f, squares = 0.0f;
-    if (NORM == LAYER)
-        for (int c = lane; c < WIDTH; c += 32) sum += from.one(c);
-    float mean = NORM == LAYER ? warp_sum(sum) * (1.0f / WIDTH) : 0.0f, r = 1.0f;
-    if (NORM != NONE) {
-        for (int c = lane; c < WIDTH; c += 32) {
-            float v = from.one(c) - mean;
-            squares += v * v;
-        }
-        r = 1.0f / sqrtf(warp_sum(squares) * (1.0f / WIDTH) + norm.eps);
-    }
+template <class From, class Of>
+__device__ inline void streamed(Of from_row, const Normal &norm, const Output &out, int rows) {
+    after_previous();
+    int lane = threadIdx.x % 32;
     Step step(out.codes ? out.step : 1.0f);
-    for (int c = lane; c < WIDTH; c += 32) {
-        float v = from.one(c);
-        if (NORM != NONE) v = (v - mean) * r * norm.gain[c] + (norm.bias ? norm.bias[c] : 0.0f);
-        if (out.hidden) out.hidden[c] = v;
-        if (out.codes) out.codes[c] = (signed char)step.code(v);
+    for (int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; row < rows; row += gridDim.x * (blockDim.x / 32)) {
+        From from = from_row(row);
+        float sum = 0.0f, squares = 0.0f;
+        if (NORM == LAYER)
+            for (int c = lane; c < WIDTH; c += 32) sum += from.one(c);
+        float mean = NORM == LAYER ? warp_sum(sum) * (1.0f / WIDTH) : 0.0f, r = 1.0f;
+        if (NORM != NONE) {
+            for (int c = lane; c < WIDTH; c += 32) {
+                float v = from.one(c) - mean;
+                squares += v * v;
+            }
+            r = 1.0f / sqrtf(warp_sum(squares) * (1.0f / WIDTH) + norm.eps);
+        }
+        for (int c = lane; c < WIDTH; c += 32) {
+            float v = from.one(c);
+            if (NORM != NONE) v = (v - mean) * r * norm.gain[c] + (NORM == LAYER ? norm.bias[c] : 0.0f);
+            if (out.hidden) out.hidden[(long long)row * WIDTH + c] = v;
+            if (out.codes) out.codes[(long long)row * WIDTH + c] = (signed char)step.code(v);
+        }
     }
 }
 
-template <class From> __device__ inline void row(const From &from, const Normal &norm, Output out, long long at, int lane) {
-    if (out.hidden) out.hidden += at;
-    if (out.codes) out.codes += at;
-    if constexpr (WIDTH % 8 == 0 && WIDTH <= 1024) held(from, norm, out, lane);
-    else streamed(from, norm, out, lane);
+template <class From, class Of>
+__device__ inline void normalise(Of from, const Normal &norm, const Output &out, int rows) {
+    let_next_start();
+    if constexpr (WIDTH % 8 == 0 && WIDTH <= 1024) held<From>(from, norm, out, rows);
+    else streamed<From>(from, norm, out, rows);
 }
 
-// In place: `hidden` may be `x` or `residual`, of which a warp reads its row before it writes.
-extern "C" __global__ void __launch_bounds__(128)
+// In place: `hidden` may be `x` or `residual`, of which a warp reads its row before it writes, and no other row.
+extern "C" __global__ void __launch_bounds__(128, BLOCKS)
     add_norm(f16 *hidden, signed char *codes, const f16 *x, const f16 *residual, const float *gain, const float *bias,
              float eps, float step, int rows) {
-    after_previous();
-    int r = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
-    long long at = (long long)r * WIDTH;
-    if (r < rows) row(Sum{x + at, residual ? residual + at : nullptr}, {gain, bias, eps}, {hidden, codes, step}, at, lane);
-    let_next_start();
+    auto from = [&](int row) {
+        long long at = (long long)row * WIDTH;
+        return Sum{x + at, residual ? residual + at : nullptr};
+    };
+    normalise<Sum>(from, {gain, bias, eps}, {hidden, codes, step}, rows);
 }
 
 // An id that no table has an entry for takes the last: rows beyond a batch may have any.
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(128, BLOCKS)
     embed_norm(f16 *hidden, signed char *codes, const f16 *words, const f16 *positions, const f16 *types,
                const int *word_ids, const int *position_ids, const int *type_ids, int word_entries, int position_entries,
                int type_entries, float scale, const float *gain, const float *bias, float eps, float step, int rows) {
-    after_previous();
-    int r = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (r < rows) {
-        auto entry = [&](const f16 *table, const int *ids, int entries) {
-            return table ? table + (long long)min((u32)ids[r], (u32)entries - 1) * WIDTH : nullptr;
-        };
-        Embedded from{{entry(words, word_ids, word_entries), entry(positions, position_ids, position_entries),
-                       entry(types, type_ids, type_entries)},
-                      scale};
-        row(from, {gain, bias, eps}, {hidden, codes, step}, (long long)r * WIDTH, lane);
-    }
-    let_next_start();
+    auto entry = [&](int row, const f16 *table, const int *ids, int entries) {
+        return table ? table + (long long)min((u32)ids[row], (u32)entries - 1) * WIDTH : nullptr;
+    };
+    auto from = [&](int row) {
+        return Embedded{{entry(row, words, word_ids, word_entries), entry(row, positions, position_ids, position_entries),
+                         entry(row, types, type_ids, type_entries)},
+                        scale};
+    };
+    normalise<Embedded>(from, {gain, bias, eps}, {hidden, codes, step}, rows);
 }

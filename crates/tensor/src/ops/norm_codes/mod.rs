@@ -200,11 +200,12 @@ mod tests {
                     let mut sum = vec![0.0; 21 * width];
                     for (t, (table, ids)) in tables.iter().zip(&ids).enumerate().take(parts) {
                         let rows = table.rows() as i32;
+                        let table = wide(table);
                         for (i, v) in sum.iter_mut().enumerate() {
                             let id = ids[i / width];
                             let id = if id < 0 || id >= rows { rows - 1 } else { id };
                             let factor = if t == 0 { 1.5 } else { 1.0 };
-                            *v += wide(table)[id as usize * width + i % width] * factor;
+                            *v += table[id as usize * width + i % width] * factor;
                         }
                     }
                     let want = normal(&sum, width, norm);

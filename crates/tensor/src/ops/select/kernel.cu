@@ -24,6 +24,7 @@ extern "C" __global__ void add_column(
 
 // Block (sequence): the sequence's first row of `x`, `bytes` wide.
 extern "C" __global__ void first_rows(u8 *out, const u8 *x, const int *starts, long long bytes, int last) {
+    let_next_start();
     after_previous();
     const u8 *from = x + min(starts[blockIdx.x], last) * bytes;
     u8 *to = out + blockIdx.x * bytes;
@@ -31,5 +32,4 @@ extern "C" __global__ void first_rows(u8 *out, const u8 *x, const int *starts, l
         for (long long i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16) *(uint4 *)(to + i) = *(const uint4 *)(from + i);
     else
         for (long long i = threadIdx.x; i < bytes; i += blockDim.x) to[i] = from[i];
-    let_next_start();
 }

@@ -6,7 +6,6 @@
 // 8 n + 2 j + e of rows g and g + 8.
 
 constexpr int TILE = 64;
-constexpr float LOG2E = 1.44269504f;
 
 struct Tile {
     int first, length, query, none;
@@ -106,9 +105,8 @@ struct Softmax {
 
 // Scores become weights, 2 to the score in bits above the row's base, that the pattern keeps; the sum has all. The base
 // is the highest score of the first tile, and follows only when one is more than 8 bits higher: most tiles then leave
-// the outputs alone. `settle` has to make outputs ready to be scaled.
-template <class Settle>
-__device__ inline void weigh(float (*s)[4], float (*o)[4], Softmax &m, float unit, Settle settle) {
+// the outputs alone.
+__device__ inline void weigh(float (*s)[4], float (*o)[4], Softmax &m, float unit) {
     float highest[2];
     bool rise = false;
 #pragma unroll
@@ -121,7 +119,6 @@ __device__ inline void weigh(float (*s)[4], float (*o)[4], Softmax &m, float uni
         rise |= (highest[r] - m.top[r]) * unit > 8.0f;
     }
     if (__any_sync(~0u, rise)) {
-        settle();
         bool huge = false;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -202,7 +199,31 @@ __device__ inline uint2 halves_of_codes(u32 codes) {
     return r;
 }
 
-// The warp's 16 rows of outputs: `row` is the first, of `rows` that there are, counted where `out` begins.
+// Four words of each of four lanes, transposed: lane j gets the j-th word of each.
+__device__ inline void transpose(u32 *v) {
+    int j = threadIdx.x % 4;
+#pragma unroll
+    for (int k = 0; k < 4; k += 2) {
+        u32 other = __shfl_xor_sync(~0u, j & 1 ? v[k] : v[k + 1], 1);
+        if (j & 1) v[k] = other;
+        else v[k + 1] = other;
+    }
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        u32 other = __shfl_xor_sync(~0u, j & 2 ? v[k] : v[k + 2], 2);
+        if (j & 2) v[k] = other;
+        else v[k + 2] = other;
+    }
+}
+
+__device__ inline u32 chosen_bytes(u32 a, u32 b, u32 which) {
+    u32 r;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(which));
+    return r;
+}
+
+// The warp's 16 rows of outputs: `row` is the first, of `rows` that there are, counted where `out` begins. Lanes exchange
+// what they have, so that each stores 16 bytes.
 __device__ inline void finish(float (*o)[4], Softmax &m, const Problem &p, long long out, int row, int rows) {
     int g = threadIdx.x % 32 / 4, j = threadIdx.x % 4, stride = p.heads * D;
 #pragma unroll
@@ -214,27 +235,35 @@ __device__ inline void finish(float (*o)[4], Softmax &m, const Problem &p, long 
         int i = row + g + 8 * r;
         bool there = i < rows;
         long long at = out + (long long)i * stride;
-        if constexpr (CODES_OUT) {
-            Step step(p.step);
-            // Lanes of four exchange their pairs of codes so that each stores eight in a row.
-            constexpr int N = D / 8 < 4 ? D / 8 : 4;
+        Step step(CODES_OUT ? p.step : 1.0f);
+        auto codes = [&](int n) {
+            u32 a = step.code(o[n][2 * r] * factor), b = step.code(o[n][2 * r + 1] * factor);
+            return (a & 0xFF) | (b & 0xFF) << 8;
+        };
+        if constexpr (!CODES_OUT) {
 #pragma unroll
-            for (int n0 = 0; n0 < D / 8; n0 += N) {
-                u32 pair[N];
+            for (int n = 0; n < D / 8; n += 4) {
+                u32 v[4];
 #pragma unroll
-                for (int n = 0; n < N; n++) {
-                    int a = step.code(o[n0 + n][2 * r] * factor), b = step.code(o[n0 + n][2 * r + 1] * factor);
-                    pair[n] = (a & 0xFF) | (b & 0xFF) << 8;
-                }
+                for (int k = 0; k < 4; k++) v[k] = f16_pair(o[n + k][2 * r] * factor, o[n + k][2 * r + 1] * factor);
+                transpose(v);
+                if (there) *(uint4 *)((f16 *)p.out + at + (n + j) * 8) = make_uint4(v[0], v[1], v[2], v[3]);
+            }
+        } else if constexpr (D >= 64) {
 #pragma unroll
-                for (int n = 0; n < N; n++)
-                    if (there) *(unsigned short *)((char *)p.out + at + (n0 + n) * 8 + 2 * j) = (unsigned short)pair[n];
+            for (int n = 0; n < D / 8; n += 8) {
+                u32 v[4];
+#pragma unroll
+                for (int k = 0; k < 4; k++) v[k] = codes(n + 2 * k) | codes(n + 2 * k + 1) << 16;
+                transpose(v);
+                uint4 w = make_uint4(chosen_bytes(v[0], v[1], 0x5410), chosen_bytes(v[2], v[3], 0x5410),
+                                     chosen_bytes(v[0], v[1], 0x7632), chosen_bytes(v[2], v[3], 0x7632));
+                if (there) *(uint4 *)((char *)p.out + at + n * 8 + j * 16) = w;
             }
         } else {
 #pragma unroll
             for (int n = 0; n < D / 8; n++)
-                if (there)
-                    *(u32 *)((f16 *)p.out + at + n * 8 + 2 * j) = f16_pair(o[n][2 * r] * factor, o[n][2 * r + 1] * factor);
+                if (there) *(unsigned short *)((char *)p.out + at + n * 8 + 2 * j) = (unsigned short)codes(n);
         }
     }
 }

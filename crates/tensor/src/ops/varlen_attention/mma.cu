@@ -74,6 +74,7 @@ template <int LEFT> __device__ inline void wait() { asm volatile("cp.async.wait_
 extern "C" __global__ void __launch_bounds__(128)
     forward(void *out, const void *qkv, const Tile *tiles, int heads, float unit, float value, float step) {
     extern __shared__ __align__(16) char memory[];
+    let_next_start();
     after_previous();
     Problem p{out, qkv, tiles, heads, unit, value, step};
     Tile own = tiles[blockIdx.x];
@@ -126,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(128)
                 for (int c = 0; c < 4; c++) s[n][c] = (float)sums[n][c];
         }
         if ((t + 1) * TILE > length) close(s, length - t * TILE);
-        weigh(s, o, m, unit, [] {});
+        weigh(s, o, m, unit);
 #pragma unroll
         for (int i = 0; i < TILE / 16; i++) {
             u32 w[4] = {f16_pair(s[2 * i][0], s[2 * i][1]), f16_pair(s[2 * i][2], s[2 * i][3]),
@@ -144,6 +145,5 @@ extern "C" __global__ void __launch_bounds__(128)
         __syncthreads();
     }
     wait<0>();
-    let_next_start();
     finish(o, m, p, (long long)own.first * heads * D + h * D, own.query + warp * 16, length);
 }

@@ -7,6 +7,7 @@ extern "C" __global__ void __launch_bounds__(128)
     forward(void *out, const void *qkv, const int4 *tiles, int heads, float unit, float value, float step, int width,
             int keep, int of) {
     __shared__ float scores[KEYS], weights[KEYS];
+    let_next_start();
     after_previous();
     int4 tile = tiles[blockIdx.x];
     int first = tile.x, length = tile.y, h = blockIdx.y, hidden = heads * width;
@@ -58,5 +59,4 @@ extern "C" __global__ void __launch_bounds__(128)
             else ((f16 *)out)[at] = v;
         }
     }
-    let_next_start();
 }

@@ -1,0 +1,285 @@
+// Attention by wgmma, for Hopper (Shah et al. 2024, arXiv 2407.08608). A block owns 64 * WARPGROUPS queries of one head, a
+// warpgroup 64. Keys and values pass through shared memory in tiles of 64, PARTS of each at a time, copied three tiles
+// ahead; queries and weights stay in registers. Warpgroups of a multiprocessor take turns by themselves: while one has its
+// products made, another takes exponentials. Where there are few queries, SPLIT groups of warpgroups share the keys out,
+// each every SPLIT-th tile, and add up what they have in the end.
+
+// Bytes of a row of queries and keys. Rows of tiles lie 32, 64 or 128 bytes apart, swizzled so that wgmma reads them; of
+// 256 bytes there are two halves, one after the other.
+constexpr int BYTES = CODES_IN ? D : 2 * D, ROW = BYTES < 128 ? BYTES : 128;
+constexpr int VALUE_ROW = D < 64 ? 2 * D : 128;
+constexpr int KEY_TILE = TILE * BYTES, VALUE_TILE = TILE * 2 * D;
+constexpr int PARTS = 4, RING = PARTS * (KEY_TILE + VALUE_TILE);
+// Threads that share tiles.
+constexpr int THREADS = 128 * WARPGROUPS;
+constexpr int STEPS = BYTES / 32;
+
+// Of rows of a tile, with `lead` bytes between its halves. Addresses of shared memory are below 2^18.
+__device__ inline u64 descriptor(u32 at, int row, int lead) {
+    u64 swizzle = row == 128 ? 1 : row == 64 ? 2 : 3;
+    return (u64)(8 * row >> 4) << 32 | swizzle << 62 | ((at >> 4) + ((u32)lead >> 4 << 16));
+}
+
+// Where 16 bytes of row r from byte k of a tile lie, with `row` bytes from row to row.
+__device__ inline u32 place(int r, int k, int row) {
+    u32 at = r * row + k % row;
+    return k / row * (TILE * row) + (at ^ ((at >> 7 & (row / 16 - 1)) << 4));
+}
+
+__device__ inline void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT> __device__ inline void wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory"); }
+
+#define EIGHT(c, x, n) c(x[n][0]), c(x[n][1]), c(x[n][2]), c(x[n][3]), c(x[n + 1][0]), c(x[n + 1][1]), c(x[n + 1][2]), c(x[n + 1][3])
+#define ADDED(v) "+f"(v)
+#define COUNTED(v) "+r"(v)
+#define R32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+
+// Scores of 64 keys, += or =.
+__device__ inline void score(float (*s)[4], const u32 *a, u64 b, int add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" R32 "}, {%32,%33,%34,%35}, %36, p, 1, 1, 0;}"
+                 : EIGHT(ADDED, s, 0), EIGHT(ADDED, s, 2), EIGHT(ADDED, s, 4), EIGHT(ADDED, s, 6)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+
+__device__ inline void score(int (*s)[4], const u32 *a, u64 b, int add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {" R32 "}, {%32,%33,%34,%35}, %36, p;}"
+                 : EIGHT(COUNTED, s, 0), EIGHT(COUNTED, s, 2), EIGHT(COUNTED, s, 4), EIGHT(COUNTED, s, 6)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+
+// Outputs += weights of 16 keys times their values.
+__device__ inline void apply(float (*o)[4], const u32 *a, u64 b) {
+    if constexpr (D == 32)
+        asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, "
+                     "{%16,%17,%18,%19}, %20, 1, 1, 1, 1;"
+                     : EIGHT(ADDED, o, 0), EIGHT(ADDED, o, 2)
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    else if constexpr (D == 64)
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" R32 "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 1;"
+                     : EIGHT(ADDED, o, 0), EIGHT(ADDED, o, 2), EIGHT(ADDED, o, 4), EIGHT(ADDED, o, 6)
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    else
+        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" R32
+                     ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,"
+                     "%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
+                     : EIGHT(ADDED, o, 0), EIGHT(ADDED, o, 2), EIGHT(ADDED, o, 4), EIGHT(ADDED, o, 6), EIGHT(ADDED, o, 8),
+                       EIGHT(ADDED, o, 10), EIGHT(ADDED, o, 12), EIGHT(ADDED, o, 14)
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+// What the threads that share tiles copied or wrote is there, for wgmma too, and what they read is free.
+template <int LEFT> __device__ inline void arrived() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT));
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    if constexpr (SPLIT == 1) __syncthreads();
+    else asm volatile("bar.sync %0, %1;" ::"r"(1 + threadIdx.x / THREADS), "n"(THREADS) : "memory");
+}
+
+// The threads that share tiles are counted from 0; written so that the compiler sees that all of a block may be these.
+__device__ inline int thread() { return SPLIT == 1 ? threadIdx.x : threadIdx.x % THREADS; }
+
+// What a thread copies of a tile of keys, and of one of values if these are halves: 16 bytes of so many rows.
+constexpr int COPIES = (KEY_TILE / 16 + THREADS - 1) / THREADS;
+
+struct Copies {
+    // Row in the tile; where it begins from the first key's row on; its place in the tile.
+    int row[COPIES];
+    u32 from[COPIES], to[COPIES];
+    __device__ explicit Copies(u32 stride) {
+#pragma unroll
+        for (int i = 0; i < COPIES; i++) {
+            int c = thread() + i * THREADS, k = c % (BYTES / 16) * 16;
+            row[i] = c / (BYTES / 16);
+            from[i] = row[i] * stride + k;
+            to[i] = place(column_of(row[i]), k, ROW);
+            // More threads than there is to copy.
+            if (c >= KEY_TILE / 16) row[i] = 1 << 30;
+        }
+    }
+    // Starts copying to a tile rows `first` .. `first` + 64; rows from `limit` on become 0.
+    __device__ void start(u32 tile, const char *matrix, u32 stride, int first, int limit) const {
+#pragma unroll
+        for (int i = 0; i < COPIES; i++) {
+            if (KEY_TILE / 16 % THREADS && row[i] == 1 << 30) break;
+            int bytes = first + row[i] < limit ? 16 : 0;
+            const char *from = matrix + (size_t)(this->from[i] + first * stride);
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(tile + to[i]), "l"(from), "r"(bytes));
+        }
+    }
+};
+
+// Values that are codes become halves on their way, so they pass through registers.
+constexpr int CHUNKS = TILE * D / 16, HELD = CODES_IN ? (CHUNKS + THREADS - 1) / THREADS : 1;
+
+__device__ inline void take(uint4 *held, const char *values, long long stride, int first, int limit) {
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        int c = thread() + i * THREADS, r = c / (D / 16), k = c % (D / 16) * 16;
+        held[i] = make_uint4(0, 0, 0, 0);
+        if (c < CHUNKS && first + r < limit) held[i] = *(const uint4 *)(values + (first + r) * stride + k);
+    }
+}
+
+__device__ inline void put(u32 tile, const uint4 *held) {
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        int c = thread() + i * THREADS, r = c / (D / 16), k = c % (D / 16) * 32;
+        if (c >= CHUNKS) continue;
+        const u32 words[4] = {held[i].x, held[i].y, held[i].z, held[i].w};
+#pragma unroll
+        for (int w = 0; w < 4; w += 2) {
+            uint2 a = halves_of_codes(words[w]), b = halves_of_codes(words[w + 1]);
+            u32 at = tile + place(column_of(r), k + w * 8, VALUE_ROW);
+            asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a.x), "r"(a.y), "r"(b.x), "r"(b.y));
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS * SPLIT, D == 128 || SPLIT > 1 ? 1 : 4 / WARPGROUPS)
+    forward(void *out, const void *qkv, const Tile *tiles, int heads, float unit, float value, float step) {
+    extern __shared__ char memory[];
+    let_next_start();
+    after_previous();
+    Problem p{out, qkv, tiles, heads, unit, value, step};
+    Tile own = tiles[blockIdx.x];
+    if (own.query >= own.length) return;
+    int lane = threadIdx.x % 32, h = blockIdx.y, length = own.length;
+    int row = own.query + thread() / 32 * 16, share = SPLIT == 1 ? 0 : threadIdx.x / THREADS;
+    constexpr int SIZE = CODES_IN ? 1 : 2;
+    long long stride = 3ll * heads * D * SIZE;
+    const char *q = (const char *)qkv + own.first * stride + h * D * SIZE;
+    const char *k = q + heads * D * SIZE, *v = k + heads * D * SIZE;
+    // Swizzling counts from a multiple of 1,024.
+    u32 base = ((shared_address(memory) + 1023) & ~1023u) + share * RING;
+    auto keys = [&](int t) { return base + t % PARTS * (KEY_TILE + VALUE_TILE); };
+    auto values = [&](int t) { return keys(t) + KEY_TILE; };
+    // This group's tiles, of those there are, and the first key of each.
+    int all = (length + TILE - 1) / TILE, count = (all - share + SPLIT - 1) / SPLIT;
+    auto key = [&](int t) { return (t * SPLIT + share) * TILE; };
+    uint4 held[HELD];
+    const Copies copies((u32)stride);
+    auto start = [&](int t) {
+        if (t < count) {
+            copies.start(keys(t), k, (u32)stride, key(t), length);
+            if constexpr (!CODES_IN) copies.start(values(t), v, (u32)stride, key(t), length);
+        }
+        asm volatile("cp.async.commit_group;");
+    };
+    start(0);
+    start(1);
+    start(2);
+    if constexpr (CODES_IN) {
+        take(held, v, stride, key(0), length);
+        put(values(0), held);
+        take(held, v, stride, key(1), length);
+    }
+    // The left operand of a product, straight from memory: rows g and g + 8, four bytes at 4 j and 16 later.
+    u32 a[STEPS][4];
+#pragma unroll
+    for (int i = 0; i < STEPS; i++)
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            int r = row + lane / 4 + c % 2 * 8;
+            a[i][c] = r < length ? *(const u32 *)(q + r * stride + i * 32 + c / 2 * 16 + lane % 4 * 4) : 0;
+        }
+    Sum sums[TILE / 8][4];
+    float o[D / 8][4] = {};
+    Softmax m;
+    auto scores = [&](int t) {
+#pragma unroll
+        for (int i = 0; i < STEPS; i++)
+            score(sums, a[i], descriptor(keys(t) + i * 32 / ROW * (TILE * ROW) + i * 32 % ROW, ROW, 0), i > 0);
+    };
+    arrived<2>();
+    fence();
+    scores(0);
+    commit();
+    wait<0>();
+    // Scores become the left operand of the product with values.
+    u32 w[TILE / 16][4];
+    auto soften = [&](bool last) {
+        float(*s)[4] = (float(*)[4])sums;
+        if constexpr (CODES_IN)
+#pragma unroll
+            for (int n = 0; n < TILE / 8; n++)
+#pragma unroll
+                for (int c = 0; c < 4; c++)
+                    // Sums of codes are below 2^22, so that this is the sum plus 1.5 * 2^23; softmax does not mind.
+                    s[n][c] = __int_as_float(sums[n][c] + 0x4B400000);
+        if (last) close(s, length - key(count - 1));
+        weigh(s, o, m, unit);
+#pragma unroll
+        for (int i = 0; i < TILE / 16; i++) {
+            w[i][0] = f16_pair(s[2 * i][0], s[2 * i][1]);
+            w[i][1] = f16_pair(s[2 * i][2], s[2 * i][3]);
+            w[i][2] = f16_pair(s[2 * i + 1][0], s[2 * i + 1][1]);
+            w[i][3] = f16_pair(s[2 * i + 1][2], s[2 * i + 1][3]);
+        }
+    };
+    auto outputs = [&](int t) {
+#pragma unroll
+        for (int i = 0; i < TILE / 16; i++)
+            apply(o, w[i], descriptor(values(t) + i * 16 * VALUE_ROW, VALUE_ROW, TILE * VALUE_ROW));
+    };
+    for (int t = 0; t < count - 1; t++) {
+        soften(false);
+        arrived<1>();
+        // Into the part that was read last turn.
+        start(t + 3);
+        fence();
+        outputs(t);
+        scores(t + 1);
+        commit();
+        if constexpr (CODES_IN) {
+            put(values(t + 1), held);
+            take(held, v, stride, key(t + 2), length);
+        }
+        wait<0>();
+    }
+    if (SPLIT == 1 || count > 0) {
+        soften(true);
+        // The last values that were codes were written after the last barrier.
+        if constexpr (CODES_IN) arrived<0>();
+        fence();
+        outputs(count - 1);
+        commit();
+        wait<0>();
+    }
+    if constexpr (SPLIT > 1) {
+        // Where the group's tiles were.
+        auto mine = [&](int part) { return (float *)(memory + (base - shared_address(memory)) + part * RING) + thread(); };
+        if (share) {
+            // The others may still read them.
+            arrived<0>();
+            float *to = mine(0);
+#pragma unroll
+            for (int i = 0; i < D / 2; i++) to[i * THREADS] = o[i / 4][i % 4];
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                to[(D / 2 + r) * THREADS] = m.top[r];
+                to[(D / 2 + 2 + r) * THREADS] = m.sum[r];
+            }
+        }
+        __syncthreads();
+        if (share) return;
+#pragma unroll
+        for (int part = 1; part < SPLIT; part++) {
+            const float *from = mine(part);
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                float other = from[(D / 2 + r) * THREADS], top = fmaxf(m.top[r], other);
+                float own = exp2_fast((m.top[r] - top) * unit), its = exp2_fast((other - top) * unit);
+                m.top[r] = top;
+                m.sum[r] = m.sum[r] * own + from[(D / 2 + 2 + r) * THREADS] * its;
+#pragma unroll
+                for (int n = 0; n < D / 8; n++)
+#pragma unroll
+                    for (int c = 2 * r; c < 2 * r + 2; c++) o[n][c] = o[n][c] * own + from[(4 * n + c) * THREADS] * its;
+            }
+        }
+    }
+    finish(o, m, p, (long long)own.first * heads * D + h * D, row, length);
+}
