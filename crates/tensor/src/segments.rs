@@ -7,7 +7,7 @@ use crate::{DType, Tensor};
 /// [`Segments::describe`] says what to copy into it.
 ///
 /// It begins with the first row of each sequence; those of sequences that are not there are the number of rows. Tables
-/// of tiles follow, one for each of [`TILES`]: which queries a block of attention takes, four numbers each: the
+/// of tiles follow, one for each tile height: which queries a block of attention takes, four numbers each: the
 /// sequence's first row, its length, the tile's first query in it, 0. A tile without a sequence has length 0.
 #[derive(Clone, Debug)]
 pub struct Segments {
