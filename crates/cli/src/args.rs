@@ -1,5 +1,6 @@
 //! The command line: every command's flags, and what they mean, in one place.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
@@ -97,6 +98,13 @@ pub(crate) fn command() -> Command {
                 .after_help(experiments),
         )
         .subcommand(
+            Command::new("launch")
+                .about("Train on several GPUs of this host: a training command as one process for each")
+                .arg(Arg::new("gpus").long("gpus").value_name("N").required(true).value_parser(value_parser!(u16).range(1..=64)).help("GPUs to use, numbers 0 to N-1 (with --device cpu: processes)"))
+                .arg(Arg::new("command").value_name("COMMAND").required(true).num_args(1..).trailing_var_arg(true).allow_hyphen_values(true).value_parser(value_parser!(OsString)).help("finetune, prune, quantize or compress, with its arguments"))
+                .after_help(LAUNCH),
+        )
+        .subcommand(
             Command::new("demo")
                 .about("Train, compress and score a small model on generated text; needs no files and no network")
                 .arg(out().required(false).default_value("gpusq-demo").help("Folder to write; must be empty or not exist"))
@@ -126,6 +134,19 @@ answers questions {\"question\": ..., \"context\": ...}; an \"id\" comes back wi
 empty gives one JSON line, in their order: \"label\" with \"probabilities\", \"value\" of a regression, \"answer\" with
 \"start\" and \"end\" in characters of the context, or, of a model without a head, the \"embedding\": the mean of the
 hidden states, of length 1. Lines are read ahead and batched by length.";
+
+/// How else processes are started, for the help of `gpusq launch`.
+const LAUNCH: &str = "\
+Example: gpusq launch --gpus 2 compress --model bert --task mrpc --data glue/MRPC --out small
+
+batch_size stays the number of examples for one step of all GPUs together; each takes its part. Losses and results are
+those of one GPU, but for rounding. A process that fails ends all, and --resume goes on from the last checkpoint, on
+any number of GPUs.
+
+On several hosts, start the training command itself once for each GPU, by SLURM, MPI, Kubernetes or torchrun's
+`--no-python`, with these variables: RANK (0 to WORLD_SIZE-1), LOCAL_RANK (the GPU of the host), WORLD_SIZE (processes
+in all), MASTER_ADDR and MASTER_PORT (host of rank 0 and a free port there). Rank 0 alone writes to --out; model and data
+must be readable by all. GPUSQ_JOIN_TIMEOUT is how many seconds processes wait for each other at the start (300).";
 
 /// What `gpusq reproduce` leaves, for its help.
 const REPRODUCE_WRITES: &str = "\
@@ -424,8 +445,29 @@ pub(crate) fn model_dir(m: &ArgMatches) -> Result<PathBuf> {
 }
 
 /// `precision` on the device of `--device`, and why that is the CPU where a GPU was looked for.
-pub(crate) fn compute(m: &ArgMatches, precision: Precision) -> Result<(Compute, Option<String>)> {
-    let (device, why) = device_of(m)?;
+/// Of several processes on a host, `local` is the number of this one.
+pub(crate) fn compute(
+    m: &ArgMatches,
+    precision: Precision,
+    local: Option<usize>,
+) -> Result<(Compute, Option<String>)> {
+    let (device, why) = match (local, m.get_one::<String>("device").expect("has a default").as_str()) {
+        (None, _) | (_, "cpu") => device_of(m)?,
+        (Some(local), name @ ("auto" | "cuda")) => match Device::named(&format!("cuda:{local}")) {
+            Ok((device, _)) => (device, None),
+            // Where there are GPUs, one too few of them is a mistake.
+            Err(_) if name == "auto" && Device::named("auto").is_ok_and(|(d, _)| d == Device::Cpu) => {
+                device_of(m)?
+            }
+            Err(e) => return Err(Error::Device(e)),
+        },
+        (Some(_), name) => {
+            return Err(Error::Config(format!(
+                "--device {name} is one GPU for several processes; use --device cuda, and each takes the GPU of its \
+                 LOCAL_RANK"
+            )));
+        }
+    };
     Ok((Compute::new(device, precision)?, why))
 }
 

@@ -12,6 +12,7 @@ use gpusq::format::atomic::write_file;
 use gpusq::model::Model;
 use gpusq::report::{self, Ablation};
 use gpusq::task::{Split, Tokenizer, synthetic, task};
+use gpusq::tensor::Group;
 use gpusq::{Error, Result};
 use serde_json::json;
 
@@ -92,7 +93,7 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
     if let Some(v) = m.get_one::<String>("precision") {
         config.set("precision", v)?;
     }
-    let (compute, no_gpu) = args::compute(m, config.precision)?;
+    let (compute, no_gpu) = args::compute(m, config.precision, None)?;
     if let Some(why) = no_gpu {
         progress.say(&format!("note: {why}"), json!({ "event": "note", "text": why }));
     }
@@ -107,6 +108,7 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
         resume: false,
         command: args::typed(),
         compute,
+        group: Group::alone(),
     };
     let (dense_dir, with_dir, without_dir) =
         (out.join("dense"), out.join("compressed"), out.join("no-distill"));

@@ -20,7 +20,7 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
     // A task that does not exist is found before a model is downloaded.
     m.get_one::<String>("task").map(|name| task(name)).transpose()?;
     // As a run scores its models.
-    let (compute, _) = args::compute(m, Precision::F32)?;
+    let (compute, _) = args::compute(m, Precision::F32, None)?;
     // Packed models answer bit for bit on the CPU, so that a GPU runs them only where it is asked for.
     let asked = m.get_one::<String>("device").is_some_and(|d| d != "auto");
     let engine = if asked { compute.device } else { Device::Cpu };

@@ -6,12 +6,17 @@ mod bench;
 mod demo;
 mod eval;
 mod inspect;
+mod launch;
 mod progress;
+mod ranks;
 mod reproduce;
 mod run;
 mod stages;
 
+use std::io::Write;
 use std::process::ExitCode;
+
+use ranks::{need_one, with_group};
 
 fn main() -> ExitCode {
     let matches = match args::command().try_get_matches() {
@@ -33,26 +38,36 @@ fn main() -> ExitCode {
     };
     let (name, m) = matches.subcommand().expect("clap requires a command");
     let done = match name {
-        "finetune" => stages::finetune(m),
-        "compress" => stages::compress(m),
-        "prune" => stages::prune(m),
-        "quantize" => stages::quantize(m),
+        "finetune" => with_group(m, stages::finetune),
+        "compress" => with_group(m, stages::compress),
+        "prune" => with_group(m, stages::prune),
+        "quantize" => with_group(m, stages::quantize),
         "eval" => eval::run(m),
         "inspect" => inspect::run(m),
         "run" => run::run(m),
         "bench" => bench::run(m),
-        "demo" => demo::run(m),
-        "reproduce" => reproduce::run(m),
+        "demo" => need_one(name).and_then(|()| demo::run(m)),
+        "reproduce" => need_one(name).and_then(|()| reproduce::run(m)),
+        "launch" => launch::run(m),
         other => unreachable!("command {other} has no code"),
     };
     let Err(error) = done else { return all_printed() };
-    let message = error.to_string();
-    if m.try_get_one::<bool>("json").ok().flatten().is_some_and(|j| *j) {
-        report_json(&message);
-    }
-    eprintln!("error: {message}");
+    fail(&error);
     // What is wrong with the command line itself is told from what went wrong in a run.
     ExitCode::from(if matches!(error, gpusq::Error::Config(_)) { 2 } else { 1 })
+}
+
+/// Says why a process ends, once.
+fn fail(error: &gpusq::Error) {
+    static SAID: std::sync::Once = std::sync::Once::new();
+    SAID.call_once(|| {
+        let message = error.to_string();
+        if ranks::speaks() && std::env::args_os().any(|a| a == "--json") {
+            report_json(&message);
+        }
+        // Where standard error is closed there is nobody to tell.
+        let _ = writeln!(std::io::stderr(), "error: {message}");
+    });
 }
 
 /// How a command ends that did its work: well, if all that it printed got through.

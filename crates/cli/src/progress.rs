@@ -7,12 +7,15 @@ use std::time::{Duration, Instant};
 use gpusq::compress::Event;
 use gpusq::preflight::Preflight;
 use gpusq::report::{bytes, grouped};
+use gpusq::tensor::Group;
 use gpusq::train;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
 /// How a run is shown.
 pub(crate) struct Progress {
+    /// Another process speaks.
+    silent: bool,
     json: bool,
     bar: Option<ProgressBar>,
     terminal: bool,
@@ -29,11 +32,28 @@ impl Progress {
     pub(crate) fn new(json: bool) -> Self {
         let now = Instant::now();
         let terminal = io::stderr().is_terminal();
-        Progress { json, bar: None, terminal, stage: String::new(), first: 0, started: now, last: now }
+        Progress {
+            silent: false,
+            json,
+            bar: None,
+            terminal,
+            stage: String::new(),
+            first: 0,
+            started: now,
+            last: now,
+        }
+    }
+
+    /// Of the processes of `group`, rank 0 shows what all do.
+    pub(crate) fn of(group: &Group, json: bool) -> Self {
+        Progress { silent: !group.is_first(), ..Progress::new(json) }
     }
 
     /// A line for people, or an object for machines.
     pub(crate) fn say(&mut self, line: &str, object: serde_json::Value) {
+        if self.silent {
+            return;
+        }
         if self.json {
             out(format_args!("{object}"));
         } else if let Some(bar) = &self.bar {
@@ -80,6 +100,9 @@ impl Progress {
     }
 
     pub(crate) fn show(&mut self, event: Event) {
+        if self.silent {
+            return;
+        }
         match event {
             Event::Stage { name, steps, done } => {
                 self.finish();

@@ -5,6 +5,7 @@ use gpusq::Result;
 use gpusq::model::Stage;
 use gpusq::report::{COMPARISON_FILE, PAGE_FILE, TABLE_FILE};
 use gpusq::reproduce::{Event, Reproduction, experiment};
+use gpusq::tensor::Group;
 use serde_json::json;
 
 use crate::args;
@@ -16,7 +17,7 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
     let experiment = experiment(m.get_one::<String>("experiment").expect("required"))?;
     args::refuse_settings_of(experiment, m)?;
     let seeds = args::chosen_seeds(m)?;
-    let s = Start::read("reproduce", Stage::Dense, Head::Either, m)?;
+    let s = Start::read("reproduce", Stage::Dense, Head::Either, m, Group::alone())?;
     let trained = args::need_trained_head(&s.model, &s.model_dir, s.task).is_ok();
     let reproduction = Reproduction {
         experiment,

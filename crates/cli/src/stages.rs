@@ -11,11 +11,13 @@ use gpusq::model::{Model, Stage};
 use gpusq::outdir::{self, Held};
 use gpusq::preflight::preflight;
 use gpusq::task::{Dataset, Scores, Split, Task, Tokenizer, task};
+use gpusq::tensor::Group;
 use gpusq::{Error, Result, report};
 use serde_json::json;
 
 use crate::args;
 use crate::progress::Progress;
+use crate::ranks::local_rank;
 
 /// What a training command needs of the model's head.
 #[derive(PartialEq)]
@@ -29,7 +31,7 @@ pub(crate) enum Head {
 }
 
 /// What every training command reads before it starts.
-pub(crate) struct Start {
+pub(crate) struct Start<'g> {
     command: &'static str,
     config: Config,
     pub(crate) task: &'static Task,
@@ -41,21 +43,32 @@ pub(crate) struct Start {
     pub(crate) out: PathBuf,
     resume: bool,
     compute: Compute,
+    group: &'g Group,
     /// Why the device is the CPU where a GPU was looked for.
     no_gpu: Option<String>,
     progress: Progress,
 }
 
-impl Start {
+impl<'g> Start<'g> {
     /// `command` starts from a model of stage `from` with such a `head`.
-    pub(crate) fn read(command: &'static str, from: Stage, head: Head, m: &ArgMatches) -> Result<Start> {
+    pub(crate) fn read(
+        command: &'static str,
+        from: Stage,
+        head: Head,
+        m: &ArgMatches,
+        group: &'g Group,
+    ) -> Result<Start<'g>> {
         let config = args::settings(command, m)?;
         let task = task(m.get_one::<String>("task").expect("required"))?;
         let out = m.get_one::<PathBuf>("out").expect("required").clone();
         let data = m.get_one::<PathBuf>("data").expect("required");
         let resume = m.get_flag("resume");
-        outdir::check(&out, resume)?;
-        let (compute, no_gpu) = args::compute(m, config.precision)?;
+        if group.is_first() {
+            outdir::check(&out, resume)?;
+        }
+        let local = if group.size() > 1 { local_rank()? } else { None };
+        let (compute, no_gpu) = args::compute(m, config.precision, local)?;
+        group.compute_on(compute.device)?;
         let model_dir = args::model_dir(m)?;
         let (mut model, tokenizer) = args::load_model(&model_dir)?;
         if model.stage != from {
@@ -80,7 +93,7 @@ impl Start {
         args::check_length(m, &config, &model)?;
         let load = |split| args::load_data(task, data, split, &tokenizer, config.data.max_length, &model);
         let (train, dev) = (load(Split::Train)?, load(Split::Dev)?);
-        let progress = Progress::new(m.get_flag("json"));
+        let progress = Progress::of(group, m.get_flag("json"));
         Ok(Start {
             command,
             config,
@@ -93,6 +106,7 @@ impl Start {
             out,
             resume,
             compute,
+            group,
             no_gpu,
             progress,
         })
@@ -110,6 +124,7 @@ impl Start {
             resume: self.resume,
             command: args::typed(),
             compute: self.compute,
+            group: self.group,
         }
     }
 
@@ -122,19 +137,23 @@ impl Start {
             "quantize" => vec![&c.quantize.fit],
             _ => vec![&c.prune.fit, &c.quantize.fit],
         };
-        let p = preflight(
-            &self.model,
-            &self.tokenizer,
-            &self.train,
-            &self.dev,
-            &fits,
-            1,
-            teacher,
-            stages,
-            self.command != "finetune",
-            self.compute,
-            &self.out,
-        )?;
+        // What rank 0 finds stands for all.
+        let check = || {
+            preflight(
+                &self.model,
+                &self.tokenizer,
+                &self.train,
+                &self.dev,
+                &fits,
+                self.group.size(),
+                teacher,
+                stages,
+                self.command != "finetune",
+                self.compute,
+                &self.out,
+            )
+        };
+        let p = self.group.is_first().then(check).transpose()?;
         let held = self.run().open(self.command, &self.model)?;
         let mut gone = None;
         let finished = self.run().finished(&self.models(), &mut |e| {
@@ -154,7 +173,9 @@ impl Start {
             }
             return Ok(None);
         }
-        self.progress.preflight(&p);
+        if let Some(p) = &p {
+            self.progress.preflight(p);
+        }
         for note in self.notes() {
             self.progress.note(&note);
         }
@@ -189,30 +210,39 @@ impl Start {
     }
 }
 
-pub(crate) fn finetune(m: &ArgMatches) -> Result<()> {
-    let mut s = Start::read("finetune", Stage::Dense, Head::New, m)?;
+pub(crate) fn finetune(m: &ArgMatches, group: &Group) -> Result<()> {
+    let mut s = Start::read("finetune", Stage::Dense, Head::New, m, group)?;
     let Some(_held) = s.open(false, 1)? else { return Ok(()) };
-    let mut progress = std::mem::replace(&mut s.progress, Progress::new(m.get_flag("json")));
+    let mut progress = std::mem::replace(&mut s.progress, Progress::of(group, m.get_flag("json")));
     let trained = s.run().finetune(&s.model, &s.out, &mut |e| progress.show(e))?;
+    if !group.is_first() {
+        return Ok(());
+    }
     s.report(&trained, "dense", None)
 }
 
-pub(crate) fn prune(m: &ArgMatches) -> Result<()> {
-    let mut s = Start::read("prune", Stage::Dense, Head::Trained, m)?;
+pub(crate) fn prune(m: &ArgMatches, group: &Group) -> Result<()> {
+    let mut s = Start::read("prune", Stage::Dense, Head::Trained, m, group)?;
     let opened = s.open(s.config.distill.enabled, 1)?;
     let Some(_held) = opened else { return Ok(()) };
-    let mut progress = std::mem::replace(&mut s.progress, Progress::new(m.get_flag("json")));
+    let mut progress = std::mem::replace(&mut s.progress, Progress::of(group, m.get_flag("json")));
     let trained = s.run().prune(&s.model, &s.out, &mut |e| progress.show(e))?;
+    if !group.is_first() {
+        return Ok(());
+    }
     s.report(&trained, "2:4", None)
 }
 
-pub(crate) fn quantize(m: &ArgMatches) -> Result<()> {
-    let mut s = Start::read("quantize", Stage::Pruned, Head::Trained, m)?;
+pub(crate) fn quantize(m: &ArgMatches, group: &Group) -> Result<()> {
+    let mut s = Start::read("quantize", Stage::Pruned, Head::Trained, m, group)?;
     let opened = s.open(s.config.distill.enabled, 1)?;
     let Some(_held) = opened else { return Ok(()) };
-    let mut progress = std::mem::replace(&mut s.progress, Progress::new(m.get_flag("json")));
+    let mut progress = std::mem::replace(&mut s.progress, Progress::of(group, m.get_flag("json")));
     let run = s.run();
     let mut trained = run.quantize(&s.model, &s.out, &mut |e| progress.show(e))?;
+    if !group.is_first() {
+        return Ok(());
+    }
     let dir = s.out.join("packed");
     let (packed, scores, _, seconds) = run.pack(&trained.model, &dir, &mut |e| progress.show(e))?;
     trained.seconds = seconds;
@@ -224,10 +254,13 @@ pub(crate) fn quantize(m: &ArgMatches) -> Result<()> {
     s.report(&trained, "2:4 INT8", Some(sizes))
 }
 
-pub(crate) fn compress(m: &ArgMatches) -> Result<()> {
-    let mut s = Start::read("compress", Stage::Dense, Head::Trained, m)?;
+pub(crate) fn compress(m: &ArgMatches, group: &Group) -> Result<()> {
+    let mut s = Start::read("compress", Stage::Dense, Head::Trained, m, group)?;
     let Some(_held) = s.open(s.config.distill.enabled, 4)? else { return Ok(()) };
-    let mut progress = std::mem::replace(&mut s.progress, Progress::new(m.get_flag("json")));
+    let mut progress = std::mem::replace(&mut s.progress, Progress::of(group, m.get_flag("json")));
+    if !group.is_first() {
+        return s.run().follow(&s.model, &mut |e| progress.show(e));
+    }
     let record = s.run().compress(&s.model, &mut |e| progress.show(e))?;
     let (_, verdict) = record.verdict();
     s.progress.say(&verdict, json!({ "event": "verdict", "text": verdict, "stages": record.stages }));

@@ -12,6 +12,7 @@ use gpusq::distill::{Mix, Targets};
 use gpusq::forward::{Compute, Inputs, Tokens};
 use gpusq::model::Model;
 use gpusq::sparsity::Pattern;
+use gpusq::tensor::Group;
 use gpusq::train::batch::{Batch, MicroBatch};
 use gpusq::train::{Recipe, Stepper};
 
@@ -45,6 +46,7 @@ fn step(c: &mut Criterion) {
             checkpoint: None,
             pad: 0,
             compute: Compute::CPU,
+            group: Group::alone(),
         };
         let stepper = Stepper::new(&student, &how).unwrap();
         let mut moments = BTreeMap::new();

@@ -3,6 +3,9 @@
 //!
 //! `train_step SIZE BATCH LENGTH DEVICE PRECISION dense|gpusq [STEPS [recompute]]`, with SIZE tiny, mini, base or large. `gpusq` is the
 //! second stage of compression: 2:4 weights, fake quantisation, 2:4 attention. One line: median step, peak memory.
+//!
+//! As one of several processes (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) it trains with the others, BATCH on
+//! each, with DEVICE cuda on the GPU of its LOCAL_RANK; the losses are those of one process with all their batches.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -16,8 +19,8 @@ use gpusq::forward::{Compute, Inputs, Tokens};
 use gpusq::model::Model;
 use gpusq::quant::calibrate;
 use gpusq::sparsity::Pattern;
-use gpusq::tensor::Device;
-use gpusq::train::batch::{Batch, MicroBatch};
+use gpusq::tensor::{Device, Group, GroupError, Patience, Seat};
+use gpusq::train::batch::Batch;
 use gpusq::train::{Recipe, Stepper};
 
 /// Layers, width, heads, inner width.
@@ -27,6 +30,25 @@ const SIZES: [(&str, [usize; 4]); 4] = [
     ("base", [12, 768, 12, 3072]),
     ("large", [24, 1024, 16, 4096]),
 ];
+
+/// Joins the processes that were started with this one, if there are some.
+fn join() -> Option<Group> {
+    let var = |name: &str| std::env::var(name).ok();
+    let number = |name: &str| var(name)?.parse::<usize>().ok();
+    let last_resort = |e: &GroupError| {
+        eprintln!("{e}");
+        std::process::exit(1);
+    };
+    let seat = Seat {
+        rank: number("RANK")?,
+        size: number("WORLD_SIZE")?,
+        address: var("MASTER_ADDR")?,
+        port: number("MASTER_PORT")? as u16,
+        patience: Patience::default(),
+        last_resort,
+    };
+    Some(Group::join(seat).unwrap())
+}
 
 fn main() {
     let start = Instant::now();
@@ -39,7 +61,15 @@ fn main() {
     let (_, [layers, hidden, heads, inner]) = *SIZES.iter().find(|s| s.0 == size).expect(usage);
     let (batch, length): (usize, usize) = (batch.parse().expect(usage), length.parse().expect(usage));
     let steps: usize = rest.first().map_or(30, |n| n.parse().expect(usage));
-    let (device, _) = Device::named(device).unwrap();
+    let joined = join();
+    let group = joined.as_ref().unwrap_or(Group::alone());
+    let device = match std::env::var("LOCAL_RANK") {
+        Ok(local) if device == "cuda" && group.size() > 1 => format!("cuda:{local}"),
+        _ => device.clone(),
+    };
+    let (device, _) = Device::named(&device).unwrap();
+    group.compute_on(device).unwrap();
+    let all = batch * group.size();
     let mut settings = config::Config::default();
     settings.set("precision", precision).unwrap();
     let compute = Compute::new(device, settings.precision).unwrap();
@@ -53,10 +83,11 @@ fn main() {
     let mut teacher = Model::random(config.clone(), 1).unwrap();
     let mut student = Model::random(config, 2).unwrap();
 
-    let ids = (0..batch * length).map(|i| (i as u32).wrapping_mul(2_654_435_761) % 30_522).collect();
-    let tokens = Tokens { batch, length, ids, types: vec![0; batch * length], mask: None };
-    let targets = Targets::Spans { start: vec![5; batch], end: vec![9; batch] };
-    let parts = [MicroBatch::from(Batch { inputs: Inputs { tokens, target: None }, targets })];
+    let ids = (0..all * length).map(|i| (i as u32).wrapping_mul(2_654_435_761) % 30_522).collect();
+    let tokens = Tokens { batch: all, length, ids, types: vec![0; all * length], mask: None };
+    let targets = Targets::Spans { start: vec![5; all], end: vec![9; all] };
+    let whole = Batch { inputs: Inputs { tokens, target: None }, targets };
+    let parts = whole.parts(group.rank(), group.size(), batch, true);
     if what == "gpusq" {
         settings.prune.attention = Some(Pattern::TWO_FOUR);
         for m in [&mut teacher, &mut student] {
@@ -85,6 +116,7 @@ fn main() {
         checkpoint: None,
         pad: 0,
         compute,
+        group,
     };
     let stepper = Stepper::new(&student, &how).unwrap();
     student.params = student.params.to(device);
@@ -107,13 +139,19 @@ fn main() {
             peak = gpu.peak_memory() as f64 / (1u64 << 30) as f64;
         }
     }
+    if !group.is_first() {
+        return;
+    }
     times.sort_by(f64::total_cmp);
+    let median = times[times.len() / 2];
     println!(
-        "RESULT gpusq size={size} bs={batch} seq={length} on={compute} what={what} step_ms={:.2} min={:.2} max={:.2} \
-         steps={} loss={first:.4}->{last:.4} peak={peak:.2}GiB first_step_s={to_first:.1}",
-        times[times.len() / 2],
+        "RESULT gpusq size={size} processes={} bs={batch} seq={length} on={compute} what={what} step_ms={median:.2} min={:.2} max={:.2} \
+         steps={} loss={first:.6}->{last:.6} peak={peak:.2}GiB first_step_s={to_first:.1} \
+         tokens_per_s={:.0}",
+        group.size(),
         times[0],
         times[times.len() - 1],
-        times.len()
+        times.len(),
+        (all * length) as f64 / median * 1e3
     );
 }

@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use gpusq_tensor::ops::masked::MaskGradient;
-use gpusq_tensor::{DType, Device, Tape, Tensor};
+use gpusq_tensor::{DType, Device, Group, Tape, Tensor};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
 use crate::config::{self, Config, Site};
 use crate::distill::Mix;
@@ -51,6 +53,9 @@ pub struct Run<'a> {
     pub command: String,
     /// Where and in what models other than packed ones are trained and run.
     pub compute: Compute,
+    /// The processes that train together. Rank 0 alone reads and writes `out`, scores and packs; the others have what
+    /// they need to know from it.
+    pub group: &'a Group,
 }
 
 /// What a run tells whoever watches.
@@ -187,6 +192,14 @@ fn mix(d: &config::Distill) -> Result<Mix> {
     })
 }
 
+/// What rank 0 finds of a stage that is done.
+#[derive(Serialize, Deserialize)]
+struct Done {
+    scores: Vec<(String, f64)>,
+    one_class: bool,
+    seconds: f64,
+}
+
 /// A finished training stage.
 pub struct Trained {
     /// The model.
@@ -246,10 +259,17 @@ impl Run<'_> {
     ///
     /// # Errors
     /// A folder with content without `resume`; with it, one that holds another run or other settings; one
-    /// that another process writes into.
+    /// that another process writes into; processes that were started with different settings or data.
     pub fn open(&self, kind: &str, model: &Model) -> Result<Held> {
         let identity = outdir::identity(kind, self.task.name, model, self.train, self.dev);
-        let held = outdir::open(self.out, self.resume, &identity, &self.config.to_toml())?;
+        let settings = self.config.to_toml();
+        if self.group.size() > 1 {
+            self.group.agree("run", &format!("{identity}{settings}"))?;
+        }
+        if !self.group.is_first() {
+            return Ok(Held::by_rank_0());
+        }
+        let held = outdir::open(self.out, self.resume, &identity, &settings)?;
         Times::of(self.out)?.keep(self.out)?;
         Ok(held)
     }
@@ -260,6 +280,10 @@ impl Run<'_> {
     /// # Errors
     /// A record that does not parse; what writing meets.
     pub fn finished(&self, models: &[PathBuf], watch: &mut Watch) -> Result<Option<RunRecord>> {
+        self.told(|| self.found_finished(models, watch))
+    }
+
+    fn found_finished(&self, models: &[PathBuf], watch: &mut Watch) -> Result<Option<RunRecord>> {
         let file = self.out.join(report::RECORD_FILE);
         if !self.resume || !file.exists() {
             return Ok(None);
@@ -311,50 +335,83 @@ impl Run<'_> {
     ) -> Result<Trained> {
         let mut clock = Instant::now();
         let state_dir = dir.join(STATE_DIR);
-        if is_complete(dir) {
+        let first = self.group.is_first();
+        let finished = self.told(|| Ok(is_complete(dir)))?;
+        let mut model = if finished && first {
             watch(Event::Note(&format!("{name}: finished before, read from {}", dir.display())));
-            let model = Model::load(dir)?;
-            clear_state(&state_dir)?;
-            let (scores, one_class) = self.score(&model, name, watch)?;
-            let seconds = Times::add(self.out, model.stage, &mut clock)?;
-            let curve = read_curve(&dir.join("curve.json"))?;
-            return Ok(Trained { model, scores, one_class, seconds, curve });
-        }
-        model::reopen(dir)?;
-        std::fs::create_dir_all(&state_dir).map_err(Error::io(&state_dir))?;
-        let mut model = start()?;
-        let file = state_dir.join(STATE_FILE);
-        let state = if file.exists() { State::load(&file, &mut model.params)? } else { State::default() };
-        let steps = total_steps(recipe.optimizer, self.train.examples.len());
-        watch(Event::Stage { name, steps, done: state.progress.step });
-        let recipe = Recipe { checkpoint: Some((file, recipe.optimizer.checkpoint_every)), ..recipe };
-        let of = model.stage;
-        let mut kept = Ok(0.0);
-        let report = fit(&mut model, self.train, &recipe, state, &mut |e| {
-            if let train::Event::Saved { .. } = e {
-                kept = Times::add(self.out, of, &mut clock);
+            Model::load(dir)?
+        } else {
+            if first {
+                model::reopen(dir)?;
+                std::fs::create_dir_all(&state_dir).map_err(Error::io(&state_dir))?;
             }
-            watch(Event::Train(e));
-        })?;
-        kept?;
-        if model.stage == Stage::Quantized {
-            // The packed model keeps large dense weights in f16; rounding them here makes its scores this
-            // stage's own.
-            round_dense(&mut model.params)?;
+            start()?
+        };
+        let of = model.stage;
+        let mut curve = Vec::new();
+        if !finished {
+            let file = state_dir.join(STATE_FILE);
+            let state = match first && file.exists() {
+                true => State::load(&file, &mut model.params)?,
+                false => State::default(),
+            };
+            let steps = total_steps(recipe.optimizer, self.train.examples.len());
+            watch(Event::Stage { name, steps, done: state.progress.step });
+            let checkpoint = first.then_some((file, recipe.optimizer.checkpoint_every));
+            let recipe = Recipe { checkpoint, ..recipe };
+            let mut kept = Ok(0.0);
+            let report = fit(&mut model, self.train, &recipe, state, &mut |e| {
+                if let train::Event::Saved { .. } = e {
+                    kept = Times::add(self.out, of, &mut clock);
+                }
+                watch(Event::Train(e));
+            })?;
+            kept?;
+            if model.stage == Stage::Quantized {
+                // The packed model keeps large dense weights in f16; rounding them here makes its scores this
+                // stage's own.
+                round_dense(&mut model.params)?;
+            }
+            curve = report.curve;
         }
         model.task = Some(self.task.name.into());
         model.max_length = self.train.max_length;
         model.fresh.clear();
-        let (scores, one_class) = self.score(&model, name, watch)?;
-        // The folder below may be the last thing that this process finishes.
-        Times::add(self.out, of, &mut clock)?;
-        model::write_json(&dir.join("curve.json"), &report.curve)?;
-        model.save(dir, self.tokenizer_dir)?;
-        clear_state(&state_dir)?;
-        // What a later stage sees is what is on disk, so that a resumed run sees the same.
-        let model = Model::load(dir)?;
-        let seconds = Times::add(self.out, of, &mut clock)?;
-        Ok(Trained { model, scores, one_class, seconds, curve: report.curve })
+        let done = self.told(|| {
+            let (scores, one_class) = self.score(&model, name, watch)?;
+            // The folder below may be the last thing that this process finishes.
+            let mut seconds = Times::add(self.out, of, &mut clock)?;
+            if finished {
+                curve = read_curve(&dir.join("curve.json"))?;
+            } else {
+                model::write_json(&dir.join("curve.json"), &curve)?;
+                model.save(dir, self.tokenizer_dir)?;
+            }
+            clear_state(&state_dir)?;
+            if !finished {
+                // What a later stage sees is what is on disk, so that a resumed run sees the same.
+                model = Model::load(dir)?;
+                seconds = Times::add(self.out, of, &mut clock)?;
+            }
+            Ok(Done { scores: scores.0, one_class, seconds })
+        })?;
+        // A stage's model has one form, whether it was trained or read; the weights are rank 0's.
+        self.group.broadcast(&mut model.params.tensors_mut())?;
+        let Done { scores, one_class, seconds } = done;
+        Ok(Trained { model, scores: Scores(scores), one_class, seconds, curve })
+    }
+
+    /// What `f` gives on rank 0, for all: the others wait for it. An error there ends them all.
+    fn told<T: Serialize + DeserializeOwned>(&self, f: impl FnOnce() -> Result<T>) -> Result<T> {
+        if self.group.is_first() {
+            let own = f()?;
+            self.group.share(&serde_json::to_string(&own).expect("plain data serialises"))?;
+            return Ok(own);
+        }
+        let text = self.group.share("")?;
+        let unknown =
+            |e| Error::Mismatch(format!("rank 0 sent what this version of gpusq does not know: {e}"));
+        serde_json::from_str(&text).map_err(unknown)
     }
 
     /// Dense fine-tuning into `dir`: labels only.
@@ -411,7 +468,7 @@ impl Run<'_> {
         self.stage("2:4 INT8", dir, start, recipe, watch)
     }
 
-    fn recipe<'a>(&self, optimizer: &'a config::Fit, mix: Mix, teacher: Option<&'a Model>) -> Recipe<'a> {
+    fn recipe<'a>(&'a self, optimizer: &'a config::Fit, mix: Mix, teacher: Option<&'a Model>) -> Recipe<'a> {
         Recipe {
             optimizer,
             mix,
@@ -423,6 +480,7 @@ impl Run<'_> {
             checkpoint: None,
             pad: self.pad(),
             compute: self.compute,
+            group: self.group,
         }
     }
 
@@ -442,6 +500,17 @@ impl Run<'_> {
         let (scores, one_class) = self.score(&packed, packed.stage.title(), watch)?;
         let seconds = Times::add(self.out, model.stage, &mut clock)?;
         Ok((packed, scores, one_class, seconds))
+    }
+
+    /// What a process other than rank 0 does of [`Run::compress`]: its part of the training.
+    ///
+    /// # Errors
+    /// What training meets, here or in another process.
+    pub fn follow(&self, dense: &Model, watch: &mut Watch) -> Result<()> {
+        let [pruned, _, quantized, _] = MODELS.map(|name| self.out.join(name));
+        let pruned = self.prune(dense, &pruned, watch)?;
+        self.quantize(&pruned.model, &quantized, watch)?;
+        Ok(())
     }
 
     /// All stages of compression of the dense model into `out`, with report. `dense_scores` are the dense

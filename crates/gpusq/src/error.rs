@@ -47,6 +47,9 @@ pub enum Error {
     /// A GPU cannot be used, or stopped working.
     #[error("{}", line(.0))]
     Device(#[from] gpusq_tensor::cuda::CudaError),
+    /// Processes that train together cannot any more.
+    #[error("{}{}", line(.0), if .0.elsewhere() { "; run the command again with --resume to go on from the last checkpoint" } else { "" })]
+    Group(#[from] gpusq_tensor::GroupError),
     /// Two inputs that are each fine do not fit together (model and task, vocabulary and tokenizer).
     #[error("{}", line(.0))]
     Mismatch(String),

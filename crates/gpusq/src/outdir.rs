@@ -20,8 +20,8 @@ const LOCK_FILE: &str = "lock";
 #[derive(Debug)]
 #[must_use = "others may write into the folder once this is dropped"]
 pub struct Held {
-    out: PathBuf,
-    _lock: File,
+    /// The folder, and the lock in it; a process whose rank 0 has these has none.
+    own: Option<(PathBuf, File)>,
 }
 
 /// Checks that a run may write into `out`: it does not exist or is empty, or `resume` is set and it holds a
@@ -120,6 +120,11 @@ pub fn open(out: &Path, resume: bool, identity: &str, settings: &str) -> Result<
 }
 
 impl Held {
+    /// Of a process for which rank 0 holds the folder, and writes.
+    pub fn by_rank_0() -> Held {
+        Held { own: None }
+    }
+
     fn take(out: &Path) -> Result<Held> {
         let state = out.join(STATE_DIR);
         fs::create_dir_all(&state).map_err(Error::io(&state))?;
@@ -132,14 +137,15 @@ impl Held {
                 "another run is writing here; wait until it ends or choose another --out",
             )),
             // Some network file systems have no locks. A run there goes unprotected rather than not at all.
-            Ok(()) | Err(TryLockError::Error(_)) => Ok(Held { out: out.to_path_buf(), _lock: lock }),
+            Ok(()) | Err(TryLockError::Error(_)) => Ok(Held { own: Some((out.to_path_buf(), lock)) }),
         }
     }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        let state = self.out.join(STATE_DIR);
+        let Some((out, _lock)) = &self.own else { return };
+        let state = out.join(STATE_DIR);
         // A lock file that stays hurts nobody; the folder stays while it holds the state of an unfinished run.
         let _ = fs::remove_file(state.join(LOCK_FILE));
         let _ = fs::remove_dir(state);

@@ -112,6 +112,19 @@ impl Params {
         self.map.iter_mut().map(|(k, v)| (k.as_str(), v))
     }
 
+    /// All tensors of weights that are not packed, in a fixed order, to change.
+    pub fn tensors_mut(&mut self) -> Vec<&mut Tensor> {
+        fn of(w: &mut Weight) -> Vec<&mut Tensor> {
+            match w {
+                Weight::Dense(t) => vec![t],
+                Weight::Masked { value, mask } => vec![value, mask],
+                Weight::Fake { value, mask, scale } => vec![value, mask, scale],
+                Weight::Packed(_) => Vec::new(),
+            }
+        }
+        self.map.values_mut().flat_map(of).collect()
+    }
+
     /// Number of weights.
     pub fn len(&self) -> usize {
         self.map.len()

@@ -12,7 +12,7 @@ use gpusq::model::{Model, Stage};
 use gpusq::params::Weight;
 use gpusq::quant::calibrate;
 use gpusq::task::{Dataset, Example, HeadKind, Scores, Split, Target, Tokenizer, task};
-use gpusq::tensor::{DType, Device};
+use gpusq::tensor::{DType, Device, Group};
 use gpusq::train::batch::collate;
 use gpusq::train::{Event, Recipe, State, fit};
 
@@ -60,6 +60,7 @@ fn recipe<'a>(fit: &'a Fit, mix: Mix, teacher: Option<&'a Model>) -> Recipe<'a> 
         checkpoint: None,
         pad: 0,
         compute: Compute::CPU,
+        group: Group::alone(),
     }
 }
 
@@ -311,6 +312,7 @@ fn models_are_discarded_of_finished_runs_only() {
         resume: true,
         command: String::new(),
         compute: Compute::CPU,
+        group: Group::alone(),
     };
     let models = ["pruned", "packed-fp16", "quantized", "packed"].map(|name| out.path().join(name));
     let other = out.path().join("mine");

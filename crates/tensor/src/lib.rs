@@ -6,6 +6,7 @@
 mod cpu;
 pub mod cuda;
 mod flags;
+mod group;
 mod optim;
 mod pool;
 mod segments;
@@ -15,6 +16,7 @@ mod tensor;
 pub mod ops;
 
 pub use flags::Flags;
+pub use group::{Group, GroupError, Patience, Seat};
 pub use half::{bf16, f16};
 pub use optim::{AdamW, Moments, Slot, Update, normal};
 pub use segments::Segments;

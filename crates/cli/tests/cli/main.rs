@@ -3,6 +3,7 @@
 mod bad_input;
 mod hub;
 mod interruption;
+mod ranks;
 mod reproduce;
 mod run;
 mod stages;

@@ -145,6 +145,9 @@ pub(crate) fn program(args: &[String]) -> Command {
     for name in ["HF_ENDPOINT", "HF_TOKEN", "HF_HUB_OFFLINE", "http_proxy", "https_proxy", "all_proxy"] {
         c.env_remove(name).env_remove(name.to_uppercase());
     }
+    for name in ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"] {
+        c.env_remove(name);
+    }
     // No test reaches the network or the user's own downloads.
     c.env("HF_HOME", root().join("hub")).env("HF_HUB_OFFLINE", "1");
     c.args(args);

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use gpusq_tensor::ops::add::accumulate;
 use gpusq_tensor::ops::masked::MaskGradient;
-use gpusq_tensor::{AdamW, Device, Moments, Slot, Tape, Tensor, Update};
+use gpusq_tensor::{AdamW, Device, Group, Moments, Slot, Tape, Tensor, Update};
 use serde::{Deserialize, Serialize};
 
 use super::batch::{Batch, MicroBatch, collate, shuffled};
@@ -38,12 +38,14 @@ pub struct Recipe<'a> {
     pub stop_loss: Option<f64>,
     /// Seed of batch order and dropout.
     pub seed: u64,
-    /// Where the state is kept, and the steps between saves (0: never).
+    /// Where the state is kept, and the steps between saves (0: never); of several processes, only rank 0 has this.
     pub checkpoint: Option<(PathBuf, usize)>,
     /// Padding id for batches.
     pub pad: u32,
     /// Where and in what it computes.
     pub compute: Compute,
+    /// The processes that train together, each with its part of every batch.
+    pub group: &'a Group,
 }
 
 /// One point of the loss curve: means over the steps since the last point.
@@ -159,12 +161,12 @@ impl<'a> Stepper<'a> {
         Ok(Stepper { how, spec, frozen, quiet, teacher, gradient })
     }
 
-    /// Step number `step` (from 0) at learning rate `lr` on a batch, given as the parts in which it is computed: teacher
-    /// and student forward, loss, backward of each, clipping, AdamW. The student's weights and moments are on the
+    /// Step number `step` (from 0) at learning rate `lr` on a batch, given as the parts that this process computes:
+    /// teacher and student forward, loss, backward of each, sums over all processes, clipping, AdamW. The student's weights and moments are on the
     /// recipe's device.
     ///
     /// # Errors
-    /// A loss or gradient that is not finite, and the weights are untouched then; what the GPU meets.
+    /// A loss or gradient that is not finite, and the weights are untouched then; what the GPU meets; a lost process.
     pub fn step(
         &self,
         student: &mut Model,
@@ -190,7 +192,9 @@ impl<'a> Stepper<'a> {
                 }
             }
         }
-        let (losses, gradients) = summed.expect("a batch has parts");
+        let (mut losses, mut gradients) = summed.expect("a batch has parts");
+        let of_weights = gradients.values_mut().flat_map(|(g, scale)| std::iter::once(g).chain(scale));
+        how.group.sum(&mut of_weights.chain(losses.values()).collect::<Vec<_>>())?;
         let adam = AdamW {
             learning_rate: lr as f32,
             beta1: o.beta1 as f32,
@@ -203,6 +207,7 @@ impl<'a> Stepper<'a> {
         let norm = adam.step(losses.total(), &mut slots).item();
         let terms = losses.terms();
         how.compute.device.check()?;
+        how.group.check()?;
         if terms.total.is_finite() && norm.is_finite() {
             return Ok(terms);
         }
@@ -297,7 +302,7 @@ impl<'a> Stepper<'a> {
     }
 }
 
-/// Trains `student` on `data`, from `state` on. The same inputs give the same bits on the same CPU, however
+/// Trains `student` on `data`, from `state` on; of several processes, from the weights and state of rank 0. The same inputs give the same bits on the same CPU, however
 /// often the run was stopped and resumed. `student` comes and goes in host memory, wherever training computes.
 ///
 /// # Errors
@@ -311,6 +316,7 @@ pub fn fit(
 ) -> Result<Report> {
     let o = how.optimizer;
     let steps = total_steps(o, data.examples.len());
+    state = state.share(how.group, &mut student.params)?;
     let per_epoch = data.examples.len().div_ceil(o.batch_size);
     let stepper = Stepper::new(student, how)?;
     student.params = student.params.to(how.compute.device);
@@ -335,7 +341,12 @@ pub fn fit(
         }
         let batch = collate(&data.examples, &order.1[step % per_epoch], data.head, how.pad);
         let lr = learning_rate(o, step, steps);
-        let parts = batch.parts(0, 1, o.micro_batch_size.unwrap_or(usize::MAX), how.teacher.is_some());
+        let parts = batch.parts(
+            how.group.rank(),
+            how.group.size(),
+            o.micro_batch_size.unwrap_or(usize::MAX),
+            how.teacher.is_some(),
+        );
         let most = parts.iter().map(|p| p.part.count).max().unwrap_or(0);
         let done = stepper.step(student, &mut state.moments, &parts, step, lr);
         let terms = needs(&batch, parts.len() > 1).explain(&stepper.spec, most, done)?;

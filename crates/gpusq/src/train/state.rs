@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use gpusq_tensor::{Device, Moments, Tensor};
+use gpusq_tensor::{Device, Group, Moments, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::fit::Point;
@@ -83,7 +83,40 @@ fn made_here(error: Error) -> Error {
     }
 }
 
+/// The tensor whose moments go by `name`.
+fn trained<'a>(params: &'a Params, name: &str) -> Option<&'a Tensor> {
+    let of_scale = name.strip_suffix(SCALE);
+    match (params.get(of_scale.unwrap_or(name))?, of_scale) {
+        (Weight::Fake { scale, .. }, Some(_)) => Some(scale),
+        (Weight::Dense(t) | Weight::Masked { value: t, .. } | Weight::Fake { value: t, .. }, None) => Some(t),
+        _ => None,
+    }
+}
+
 impl State {
+    /// Gives all processes of `group` the weights and the state of rank 0.
+    ///
+    /// # Errors
+    /// A lost process.
+    pub(super) fn share(mut self, group: &Group, params: &mut Params) -> Result<State> {
+        let names: Vec<&String> = self.moments.keys().collect();
+        let text =
+            group.share(&serde_json::to_string(&(&self.progress, names)).expect("plain data serialises"))?;
+        if !group.is_first() {
+            let other = |what: String| Error::Mismatch(format!("rank 0 sent a state of another run: {what}"));
+            let (progress, names): (Progress, Vec<String>) =
+                serde_json::from_str(&text).map_err(|e| other(e.to_string()))?;
+            let zeros = |name: String| match trained(params, &name) {
+                Some(like) => Ok((name, Moments::new(like))),
+                None => Err(other(name)),
+            };
+            self = State { progress, moments: names.into_iter().map(zeros).collect::<Result<_>>()? };
+        }
+        let moments = self.moments.values_mut().flat_map(|m| [&mut m.first, &mut m.second]);
+        group.broadcast(&mut params.tensors_mut().into_iter().chain(moments).collect::<Vec<_>>())?;
+        Ok(self)
+    }
+
     /// Writes weights and state, wherever they are, to `path`, replacing it whole.
     ///
     /// # Errors
@@ -161,17 +194,9 @@ impl State {
         }
         let mut moments = BTreeMap::new();
         for name in file.names().filter_map(|n| n.strip_prefix("first/")) {
-            let of_scale = name.strip_suffix(SCALE);
-            let like = match (params.get(of_scale.unwrap_or(name)), of_scale) {
-                (Some(Weight::Fake { scale, .. }), Some(_)) => scale,
-                (
-                    Some(Weight::Dense(t) | Weight::Masked { value: t, .. } | Weight::Fake { value: t, .. }),
-                    None,
-                ) => t,
-                _ => {
-                    let message = "is of no weight of the model; this state is of another run";
-                    return Err(Error::tensor(path, name, message));
-                }
+            let Some(like) = trained(params, name) else {
+                let message = "is of no weight of the model; this state is of another run";
+                return Err(Error::tensor(path, name, message));
             };
             let (first, second) = (get("first", name, like)?, get("second", name, like)?);
             moments.insert(name.to_string(), Moments { first, second });

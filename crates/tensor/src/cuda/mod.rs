@@ -8,6 +8,7 @@
 mod arena;
 mod blas;
 mod kernels;
+pub(crate) mod nccl;
 mod pool;
 pub(crate) mod reduce;
 mod stream;
