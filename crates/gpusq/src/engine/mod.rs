@@ -46,6 +46,7 @@ pub enum Products {
 }
 
 /// Where and how it runs.
+#[expect(clippy::large_enum_variant, reason = "there is one for each model")]
 enum Encoder {
     Cpu(cpu::Encoder),
     Gpu(gpu::Encoder),
