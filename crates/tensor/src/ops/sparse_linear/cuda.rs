@@ -3,10 +3,10 @@
 use std::fmt;
 
 use super::pack::{COLS, block_bytes};
-use super::{Epilogue, Store, Weight};
+use super::{Epilogue, Shape, Store, Weight};
 use crate::cuda::{Arg, Gpu, Grid, Source, TensorMap, Variant, fnv};
 use crate::ops::activation::Activation;
-use crate::{DType, Device, Tensor};
+use crate::{DType, Tensor};
 
 static MMA: Source = Source {
     name: "sparse_linear_mma",
@@ -38,8 +38,12 @@ struct Wgmma {
     tokens: usize,
     /// Blocks that share their tokens.
     cluster: usize,
-    /// Whether the weight stays in registers: its inputs, or 0.
+    /// Blocks that share a tile's inputs.
+    split: usize,
+    /// Whether the weight stays in registers: the inputs that a block multiplies, or 0.
     resident: usize,
+    /// Whether warpgroups multiply in turn, so that one stores while the others multiply.
+    turns: bool,
 }
 
 impl fmt::Display for Kernel {
@@ -47,31 +51,64 @@ impl fmt::Display for Kernel {
         match self.0 {
             Form::Mma { tokens } => write!(f, "mma 64x{tokens}"),
             Form::Wgmma(k) => {
-                let weight = if k.resident > 0 { "resident" } else { "streamed" };
-                write!(f, "wgmma {}x{} cluster {} {weight}", k.groups * 64, k.tokens, k.cluster)
+                write!(f, "wgmma {}x{}", k.groups * 64, k.tokens)?;
+                if k.cluster > 1 {
+                    write!(f, " cluster {}", k.cluster)?;
+                }
+                if k.split > 1 {
+                    write!(f, " split {}", k.split)?;
+                }
+                f.write_str(if k.resident > 0 { " resident" } else { " streamed" })?;
+                f.write_str(if k.turns { " in turn" } else { "" })
             }
         }
     }
 }
 
-/// Tiles of wgmma kernels.
-const GROUPS_BY_TOKENS: [(usize, usize); 8] =
-    [(3, 128), (3, 192), (3, 96), (2, 256), (2, 192), (2, 128), (3, 64), (2, 64)];
+/// Tiles for many tokens: warpgroups, tokens, and blocks that share them when the weight streams.
+const WIDE: [(usize, usize, usize); 6] =
+    [(3, 128, 1), (3, 96, 1), (3, 192, 1), (2, 128, 2), (2, 192, 2), (2, 256, 2)];
+
+/// Tokens of a tile of one warpgroup, for few tokens.
+const NARROW: [usize; 4] = [128, 64, 32, 16];
 
 /// Stages of mma's activations.
 const MMA_STAGES: usize = 3;
 
-/// Bytes that a block's barriers take at most, and what alignment of its stages costs.
+/// Bytes of shared memory that the alignment of stages may cost.
+const ALIGNMENT: usize = 1 << 10;
+
+/// Bytes of shared memory that a block's barriers and the driver take.
 const RESERVED: usize = 2 << 10;
 
+/// What decides which kernels a GPU can run and how many blocks fill it.
+#[derive(Clone, Copy)]
+struct Chip {
+    hopper: bool,
+    /// Bytes of shared memory that a block may have.
+    shared: usize,
+    multiprocessors: usize,
+}
+
+impl Chip {
+    fn of(gpu: Gpu) -> Chip {
+        Chip { hopper: gpu.hopper(), shared: gpu.shared_memory(), multiprocessors: gpu.multiprocessors() }
+    }
+}
+
 impl Kernel {
-    fn takes(self, gpu: Gpu, w: &Weight) -> bool {
+    fn takes(self, chip: Chip, w: Shape) -> bool {
         match self.0 {
             Form::Mma { .. } => true,
             Form::Wgmma(k) => {
-                let resident = k.resident == 0 || k.resident == w.cols;
-                let stages = k.stages(gpu.shared_memory(), w.sparse);
-                gpu.hopper() && w.cols.is_multiple_of(16) && resident && k.fits(w.sparse) && stages >= 2
+                let parts = w.cols.div_ceil(COLS);
+                let resident = k.resident * k.split == w.cols && k.resident.is_multiple_of(COLS)
+                    || k.resident == w.cols && k.split == 1
+                    || k.resident == 0 && k.split <= parts;
+                let stages = k.stages(chip.shared, w.sparse);
+                // In turn, the last group begins a tile when the first has been through it.
+                let needed = if k.turns { parts } else { 2 };
+                chip.hopper && w.cols.is_multiple_of(16) && resident && k.fits(w.sparse) && stages >= needed
             }
         }
     }
@@ -84,42 +121,108 @@ impl Wgmma {
         self.tokens * COLS + weight
     }
 
-    /// Whether a thread's registers hold the accumulators, the weight if it is resident, and what else there is.
-    fn fits(self, sparse: bool) -> bool {
-        let step = if sparse { 64 } else { 32 };
-        let weight = if self.resident == 0 { 20 } else { self.resident / step * (4 + usize::from(sparse)) };
-        let registers = if self.groups == 3 { 160 } else { 240 };
-        self.resident.is_multiple_of(step) && self.tokens / 2 + weight + 36 <= registers
+    /// Stages whose products may run at a time.
+    fn depth(self) -> usize {
+        if self.resident > 0 { 3 } else { 1 }
     }
 
-    /// Bytes for finished tiles on their way out, the most of any epilogue.
+    /// Registers of a thread: accumulators (twice where they are gathered), the weight, and what else there is.
+    fn registers(self, sparse: bool) -> usize {
+        let step = if sparse { 64 } else { 32 };
+        let inputs = if self.resident > 0 { self.resident } else { (self.depth() + 1) * COLS };
+        let weight = inputs.div_ceil(step) * (4 + usize::from(sparse));
+        self.tokens / 2 + weight + 32
+    }
+
+    /// Whether a thread has so many.
+    fn fits(self, sparse: bool) -> bool {
+        let step = if sparse { 64 } else { 32 };
+        let most = [240, 240, 160][self.groups - 1];
+        self.resident.is_multiple_of(step) && self.registers(sparse) <= most
+    }
+
+    /// Blocks that a multiprocessor holds.
+    fn per_sm(self, sparse: bool) -> usize {
+        if self.groups == 1 && self.registers(sparse) <= 128 { 2 } else { 1 }
+    }
+
+    /// Bytes for finished tiles on their way out, the most of any epilogue, and for sums from other blocks.
     fn staging(self) -> usize {
-        self.groups * 64 * self.tokens.min(64)
+        let gathered = if self.split > 1 { self.groups * 64 * self.tokens * 4 } else { 0 };
+        let done = self.tokens / self.split;
+        let at_once = if done.is_multiple_of(64) { 64 } else { done.min(32) };
+        self.groups * 64 * at_once * DType::F16.size() + gathered
     }
 
     /// Stages that fit beside it.
     fn stages(self, shared: usize, sparse: bool) -> usize {
-        (shared.saturating_sub(RESERVED + self.staging()) / self.stage(sparse)).min(24)
+        let shared = shared / self.per_sm(sparse);
+        (shared.saturating_sub(RESERVED + ALIGNMENT + self.staging()) / self.stage(sparse)).min(24)
+    }
+
+    fn tiles(self, rows: usize, tokens: usize) -> usize {
+        rows.div_ceil(self.cluster * self.groups * 64) * tokens.div_ceil(self.tokens)
     }
 }
 
 pub(super) fn kernels(w: &Weight, tokens: usize) -> Vec<Kernel> {
-    let Device::Cuda(gpu) = w.packed.device() else { unreachable!("weights are on a GPU") };
-    let narrow = [16, 32, 64, 128].into_iter().filter(|&n| n == 16 || n < tokens * 2).rev();
-    let mma = narrow.map(|tokens| Form::Mma { tokens });
+    candidates(Chip::of(w.gpu()), w.shape, tokens)
+}
+
+fn candidates(chip: Chip, w: Shape, tokens: usize) -> Vec<Kernel> {
+    let slots = chip.multiprocessors;
+    // A tile of twice the tokens does nothing for half of them.
+    let suits = |tile: usize| tile == 16 || tile < tokens * 2;
+    let mut wgmma = Vec::new();
+    for (groups, tile, cluster) in WIDE.into_iter().filter(|t| suits(t.1)) {
+        let resident = Wgmma { groups, tokens: tile, cluster: 1, split: 1, resident: w.cols, turns: true };
+        let cluster = if w.rows > groups * 64 { cluster } else { 1 };
+        wgmma.extend([
+            resident,
+            Wgmma { turns: false, ..resident },
+            Wgmma { cluster, resident: 0, turns: false, ..resident },
+        ]);
+    }
     // Resident weights first: where they fit, they are fastest.
-    let wgmma = GROUPS_BY_TOKENS.into_iter().flat_map(|(groups, tokens)| {
-        let cluster = if w.rows > groups * 64 { 2 } else { 1 };
-        [w.cols, 0].map(|resident| Wgmma { groups, tokens, cluster, resident })
-    });
-    let mut wgmma: Vec<Wgmma> = wgmma.filter(|k| k.tokens < tokens * 2).collect();
     wgmma.sort_by_key(|k| k.resident == 0);
-    let all = wgmma.into_iter().map(Form::Wgmma).chain(mma).map(Kernel);
-    all.filter(|k| k.takes(gpu, w)).collect()
+    let mut few = Vec::new();
+    for tile in NARROW.into_iter().filter(|&t| suits(t)) {
+        for split in [8, 4, 2, 1] {
+            for resident in [w.cols / split, 0] {
+                let k = Wgmma { groups: 1, tokens: tile, cluster: 1, split, resident, turns: false };
+                let blocks = k.tiles(w.rows, tokens) * split;
+                let enough = blocks > slots / 3 || tile == 16;
+                let too_many = blocks > 2 * slots && !(split == 1 && tile >= tokens);
+                if tile / split >= 16 && enough && !too_many {
+                    few.push(k);
+                }
+            }
+        }
+    }
+    // Tiles that leave most of the GPU idle come last.
+    let idle = wgmma.first().is_none_or(|k| k.tiles(w.rows, tokens) < slots / 2);
+    let wgmma: Vec<Wgmma> =
+        if idle { few.into_iter().chain(wgmma).collect() } else { wgmma.into_iter().chain(few).collect() };
+    let wgmma = wgmma.into_iter().map(|k| Kernel(Form::Wgmma(k))).filter(|k| k.takes(chip, w));
+    let found: Vec<Kernel> = wgmma.collect();
+    if found.is_empty() { mma(tokens) } else { found }
+}
+
+/// Kernels for any GPU and any shape.
+pub(super) fn mma(tokens: usize) -> Vec<Kernel> {
+    let suits = NARROW.into_iter().filter(|&n| n == 16 || n < tokens * 2);
+    suits.map(|tokens| Kernel(Form::Mma { tokens })).collect()
 }
 
 /// The constants that both sources are compiled with.
-fn options(sparse: bool, tokens: usize, stages: usize, e: &Epilogue) -> Vec<(&'static str, usize)> {
+fn options(
+    sparse: bool,
+    tokens: usize,
+    stages: usize,
+    split: usize,
+    resident: bool,
+    e: &Epilogue,
+) -> Vec<(&'static str, usize)> {
     let (store, act) = match &e.store {
         Store::Accumulators => (0, None),
         Store::Half => (1, None),
@@ -137,6 +240,8 @@ fn options(sparse: bool, tokens: usize, stages: usize, e: &Epilogue) -> Vec<(&'s
         ("SPARSE", sparse.into()),
         ("BN", tokens),
         ("STAGES", stages),
+        ("SPLIT", split),
+        ("RESIDENT", resident.into()),
         ("STORE", store),
         ("ACT", act),
         ("BIAS", e.bias.is_some().into()),
@@ -148,29 +253,32 @@ fn options(sparse: bool, tokens: usize, stages: usize, e: &Epilogue) -> Vec<(&'s
 fn variant(kernel: Kernel, sparse: bool, shared: usize, e: &Epilogue) -> (Variant, usize) {
     match kernel.0 {
         Form::Mma { tokens } => {
-            let bytes = (MMA_STAGES * tokens * (COLS + 16)).max(64 * tokens.min(64));
-            (MMA.with(DType::F32, &options(sparse, tokens, MMA_STAGES, e)), bytes)
+            // Finished tiles go out through the same bytes, which are more.
+            let bytes = MMA_STAGES * tokens * (COLS + 16);
+            (MMA.with(DType::F32, &options(sparse, tokens, MMA_STAGES, 1, false, e)), bytes)
         }
         Form::Wgmma(k) => {
             let stages = k.stages(shared, sparse);
-            let mut constants = options(sparse, k.tokens, stages, e);
+            let mut constants = options(sparse, k.tokens, stages, k.split, k.resident > 0, e);
             constants.extend([
                 ("WGS", k.groups),
                 ("CLUSTER", k.cluster),
-                ("RESIDENT", usize::from(k.resident > 0)),
                 ("COLS", k.resident.max(COLS)),
-                ("ORDERED", 1),
-                ("DIRECT", 0),
+                ("ORDERED", k.turns.into()),
+                ("DEPTH", k.depth()),
+                ("PER_SM", k.per_sm(sparse)),
             ]);
-            (WGMMA.with(DType::F32, &constants), RESERVED + stages * k.stage(sparse) + k.staging())
+            (WGMMA.with(DType::F32, &constants), ALIGNMENT + stages * k.stage(sparse) + k.staging())
         }
     }
 }
 
 pub(super) fn prepare(all: &[(Kernel, &Weight, &Epilogue)]) {
-    let Some(Device::Cuda(gpu)) = all.first().map(|(_, w, _)| w.packed.device()) else { return };
+    let Some((_, w, _)) = all.first() else { return };
+    let gpu = w.gpu();
     let shared = gpu.shared_memory();
-    let variants: Vec<Variant> = all.iter().map(|(k, w, e)| variant(*k, w.sparse, shared, e).0).collect();
+    let variants: Vec<Variant> =
+        all.iter().map(|(k, w, e)| variant(*k, w.shape.sparse, shared, e).0).collect();
     gpu.prepare(&variants);
 }
 
@@ -179,13 +287,14 @@ pub(super) fn version() -> u64 {
 }
 
 pub(super) fn launch(kernel: &Kernel, x: &Tensor, w: &Weight, e: &Epilogue, out: &mut Tensor) {
-    let Device::Cuda(gpu) = w.packed.device() else { unreachable!("weights are on a GPU") };
-    assert!(kernel.takes(gpu, w), "{kernel} for {w:?}");
+    let (gpu, shape) = (w.gpu(), w.shape);
+    let chip = Chip::of(gpu);
+    assert!(kernel.takes(chip, shape), "{kernel} for {w:?}");
     let tokens = x.rows();
     if tokens == 0 {
         return;
     }
-    let (variant, shared) = variant(*kernel, w.sparse, gpu.shared_memory(), e);
+    let (variant, shared) = variant(*kernel, shape.sparse, chip.shared, e);
     let optional = |t: Option<&Tensor>| t.map_or(Arg::Pointer(0), |t| t.memory().into());
     let step = match &e.store {
         Store::Codes { step, .. } => Some(step),
@@ -199,21 +308,24 @@ pub(super) fn launch(kernel: &Kernel, x: &Tensor, w: &Weight, e: &Epilogue, out:
         optional(step),
         out.memory_mut().into(),
         (tokens as i32).into(),
-        (w.rows as i32).into(),
-        (w.cols as i32).into(),
+        (shape.rows as i32).into(),
+        (shape.cols as i32).into(),
     ];
     let (name, first, blocks, threads) = match kernel.0 {
         Form::Mma { tokens: tile } => {
-            let blocks = w.rows.div_ceil(64) * tokens.div_ceil(tile);
+            let blocks = shape.rows.div_ceil(64) * tokens.div_ceil(tile);
             ("multiply_tiles", x.memory().into(), blocks, 128)
         }
         Form::Wgmma(k) => {
-            let tiles = w.rows.div_ceil(k.cluster * k.groups * 64) * tokens.div_ceil(k.tokens);
-            let clusters = tiles.min(gpu.multiprocessors() / k.cluster);
-            let map = TensorMap::rows(x.memory(), tokens, w.cols, k.tokens / k.cluster);
+            // A block takes tile after tile, but each that shares inputs one: the sums of the next would meet those of
+            // this. A resident weight needs a block for each of its rows.
+            let tiles = k.tiles(shape.rows, tokens);
+            let slots = chip.multiprocessors * k.per_sm(shape.sparse) / k.cluster;
+            let clusters = if k.split > 1 { tiles } else { tiles.min(slots.max(k.tiles(shape.rows, 1))) };
+            let map = TensorMap::rows(x.memory(), tokens, shape.cols, k.tokens / k.cluster);
             // Memory that was not had: the GPU has failed, and nothing is started.
             let Some(map) = map else { return };
-            ("sparse_linear", map.into(), clusters * k.cluster, (k.groups + 1) * 128)
+            ("sparse_linear", map.into(), clusters * k.cluster * k.split, (k.groups + 1) * 128)
         }
     };
     let arguments: Vec<Arg> = std::iter::once(first).chain(rest).collect();
@@ -244,15 +356,90 @@ pub(crate) fn variants() -> (Vec<Variant>, Vec<Variant>) {
     let (mut any, mut hopper) = (Vec::new(), Vec::new());
     for sparse in [true, false] {
         // Every way to store with one tile, every tile with one way to store.
-        let wide = Wgmma { groups: 3, tokens: 128, cluster: 2, resident: 0 };
+        let wide = Wgmma { groups: 3, tokens: 128, cluster: 2, split: 1, resident: 0, turns: false };
         any.extend(epilogues.iter().map(|e| with(Form::Mma { tokens: 64 }, sparse, e)));
         hopper.extend(epilogues.iter().map(|e| with(Form::Wgmma(wide), sparse, e)));
         any.extend([16, 128].map(|tokens| with(Form::Mma { tokens }, sparse, &epilogues[1])));
-        let tiles = GROUPS_BY_TOKENS.into_iter().flat_map(|(groups, tokens)| {
-            [0, 768, 1024].map(|resident| Wgmma { groups, tokens, cluster: 1, resident })
+        let wide = WIDE.into_iter().flat_map(|(groups, tokens, cluster)| {
+            [0, 768, 1024].map(|resident| Wgmma {
+                groups,
+                tokens,
+                cluster,
+                split: 1,
+                resident,
+                turns: resident > 0,
+            })
         });
-        let tiles = tiles.filter(|k| k.fits(sparse));
+        let narrow = NARROW.into_iter().flat_map(|tokens| {
+            [0, 768].map(|resident| Wgmma {
+                groups: 1,
+                tokens,
+                cluster: 1,
+                split: tokens / 16,
+                resident,
+                turns: false,
+            })
+        });
+        let tiles = wide.chain(narrow).filter(|k| k.fits(sparse));
         hopper.extend(tiles.map(|k| with(Form::Wgmma(k), sparse, &epilogues[3])));
     }
     (any, hopper)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOPPER: Chip = Chip { hopper: true, shared: 227 << 10, multiprocessors: 132 };
+    const AMPERE: Chip = Chip { hopper: false, shared: 163 << 10, multiprocessors: 108 };
+
+    /// Layers of models, and what no tile divides.
+    const SHAPES: [(usize, usize); 10] = [
+        (2304, 768),
+        (768, 768),
+        (3072, 768),
+        (768, 3072),
+        (4096, 1024),
+        (1536, 384),
+        (384, 1536),
+        (30522, 768),
+        (2, 768),
+        (333, 1000),
+    ];
+
+    #[test]
+    fn every_shape_has_kernels_that_differ_and_fit() {
+        for (rows, cols) in SHAPES {
+            for tokens in [1, 16, 128, 384, 12_288] {
+                for sparse in [true, false] {
+                    let w = Shape { rows, cols, sparse };
+                    let found = candidates(HOPPER, w, tokens);
+                    let names: std::collections::HashSet<String> =
+                        found.iter().map(|k| k.to_string()).collect();
+                    assert_eq!(names.len(), found.len(), "{rows}x{cols} of {tokens}: {found:?}");
+                    for kernel in &found {
+                        let Form::Wgmma(k) = kernel.0 else { continue };
+                        let bytes =
+                            ALIGNMENT + k.stages(HOPPER.shared, sparse) * k.stage(sparse) + k.staging();
+                        assert!((bytes + RESERVED) * k.per_sm(sparse) <= HOPPER.shared, "{kernel}: {bytes}");
+                        assert!(k.tokens / k.split >= 16, "{kernel}");
+                    }
+                    // Where rows can be read by the copy engine, its kernels are the first choice.
+                    assert_eq!(matches!(found[0].0, Form::Wgmma(_)), cols.is_multiple_of(16));
+                    let old = candidates(AMPERE, w, tokens);
+                    assert!(!old.is_empty() && old.iter().all(|k| matches!(k.0, Form::Mma { .. })));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn few_tokens_get_enough_blocks() {
+        for (rows, cols) in [(2304, 768), (768, 768), (3072, 768), (768, 3072)] {
+            let first = candidates(HOPPER, Shape { rows, cols, sparse: true }, 384)[0];
+            let Form::Wgmma(k) = first.0 else { panic!("{first}") };
+            let blocks = k.tiles(rows, 384) * k.split * k.cluster;
+            assert!((60..=264).contains(&blocks), "{rows}x{cols}: {first} has {blocks} blocks");
+        }
+    }
 }

@@ -23,9 +23,15 @@ struct Epilogue {
 
 constexpr int OUT_BYTES = STORE == ACCUMULATORS ? 4 : STORE == HALF ? 2 : 1;
 
+// Activations by the hardware's tanh.
+constexpr bool SMOOTH = ACT != NONE && ACT != RELU;
+
 // The factors of one feature.
 struct Feature {
     float scale, bias, pair, pair_inverse, step, step_inverse;
+    // Of what activations read, where that is not exact in any case: (acc * scale + bias) / pair in one operation; the
+    // activation's last factor and the code's.
+    float fused_scale, fused_bias, gain;
 };
 
 __device__ inline Feature feature(const Epilogue &e, int row) {
@@ -36,6 +42,8 @@ __device__ inline Feature feature(const Epilogue &e, int row) {
     if (BIAS) f.bias = e.bias[row];
     if (PAIR) f.pair = e.pair[row], f.pair_inverse = __frcp_rn(f.pair);
     if (STORE == CODES) f.step = e.step[row], f.step_inverse = __frcp_rn(f.step);
+    f.fused_scale = f.scale * f.pair_inverse, f.fused_bias = f.bias * f.pair_inverse;
+    f.gain = ACT == TANH ? f.step_inverse : 0.5f * f.pair * f.step_inverse;
     return f;
 }
 
@@ -46,39 +54,18 @@ __device__ inline float quotient(float x, float s, float inverse) {
     return __fmaf_rn(__fmaf_rn(-q, s, x), inverse, q);
 }
 
-// The code of x before the upper bound, which packing applies: round half to even, not below -127.
-__device__ inline int code(float x, float s, float inverse) {
-    return __float2int_rn(fmaxf(quotient(x, s, inverse), -QMAX));
-}
-
-__device__ inline float tanh_fast(float x) {
-    float y;
-    asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ inline float activated(float x) {
-    if (ACT == GELU) {
-        float s = fminf(x * x, 50.0f);
-        float u = x * fmaf(s, fmaf(s, GELU_C, GELU_B), GELU_A);
-        return 0.5f * x + 0.5f * x * tanh_fast(u);
-    }
-    if (ACT == GELU_TANH) return 0.5f * x + 0.5f * x * tanh_fast(x * fmaf(0.044715f * 0.7978845608f, x * x, 0.7978845608f));
-    if (ACT == RELU) return fmaxf(x, 0.0f);
-    if (ACT == SILU) return 0.5f * x + 0.5f * x * tanh_fast(0.5f * x);
-    if (ACT == TANH) return tanh_fast(x);
-    return x;
+// Rounded half to even and clamped to the codes. Adding 1.5 * 2^23 leaves no fraction in a float.
+__device__ inline float rounded(float q) {
+    constexpr float WHOLE = 12582912.0f;
+    return __fsub_rn(__fadd_rn(fminf(fmaxf(q, -QMAX), QMAX), WHOLE), WHOLE);
 }
 
 // The map's value, after its output pair.
 __device__ inline float value(int acc, const Feature &f) {
     float y = __fmul_rn((float)acc, f.scale);
     if (BIAS) y = __fadd_rn(y, f.bias);
-    if (PAIR) {
-        int c = min(code(y, f.pair, f.pair_inverse), (int)QMAX);
-        y = __fmul_rn((float)c, f.pair);
-    }
-    return y;
+    if (PAIR) y = __fmul_rn(rounded(quotient(y, f.pair, f.pair_inverse)), f.pair);
+    return ACT == RELU ? fmaxf(y, 0.0f) : y;
 }
 
 __device__ inline u32 halves(float low, float high) {
@@ -87,22 +74,74 @@ __device__ inline u32 halves(float low, float high) {
     return h;
 }
 
-// Two codes, the lower address first.
-__device__ inline u32 codes(int low, int high) {
+__device__ inline u32 multiply2(u32 a, u32 b) {
+    u32 r;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+
+__device__ inline u32 multiply_add2(u32 a, u32 b, u32 c) {
+    u32 r;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+    return r;
+}
+
+// Two of a constant.
+__device__ inline u32 both(float v) { return halves(v, v); }
+
+// tanh of what the activation asks for, of two values in f16: GELU, SiLU are x (1 + tanh u) / 2.
+__device__ inline u32 tanh2(u32 x) {
+    u32 u = x;
+    if (ACT == GELU) {
+        u32 s = multiply2(x, x);
+        // Beyond, tanh is 1 and the polynomial wrong.
+        asm("min.f16x2 %0, %0, %1;" : "+r"(s) : "r"(both(50.0f)));
+        u = multiply2(x, multiply_add2(s, multiply_add2(s, both(GELU_C), both(GELU_B)), both(GELU_A)));
+    }
+    if (ACT == GELU_TANH) {
+        constexpr float K = 0.7978845608f;
+        u = multiply2(x, multiply_add2(multiply2(x, x), both(0.044715f * K), both(K)));
+    }
+    if (ACT == SILU) u = multiply2(x, both(0.5f));
+    u32 t;
+    asm("tanh.approx.f16x2 %0, %1;" : "=r"(t) : "r"(u));
+    return t;
+}
+
+// Two quotients to codes, the first in the lower byte. The conversion stops at 127 and -128: what may be less than that
+// has to be clamped before.
+__device__ inline u32 codes(float low, float high) {
     u32 c;
-    asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;" : "=r"(c) : "r"(high), "r"(low), "r"(0));
+    int a = __float2int_rn(low), b = __float2int_rn(high);
+    asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;" : "=r"(c) : "r"(b), "r"(a), "r"(0));
     return c;
 }
 
 __device__ inline u32 code_pair(int a, int b, const Feature *f) {
-    float x = activated(value(a, f[0])), y = activated(value(b, f[1]));
-    return codes(code(x, f[0].step, f[0].step_inverse), code(y, f[1].step, f[1].step_inverse));
+    if constexpr (SMOOTH) {
+        float x[2] = {fmaf((float)a, f[0].fused_scale, f[0].fused_bias), fmaf((float)b, f[1].fused_scale, f[1].fused_bias)};
+        if (PAIR) x[0] = rounded(x[0]), x[1] = rounded(x[1]);
+        u32 h = halves(x[0], x[1]);
+        if (PAIR) h = multiply2(h, halves(f[0].pair, f[1].pair));
+        u32 t = tanh2(h);
+        float low, high;
+        asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }" : "=f"(low), "=f"(high) : "r"(t));
+        if (ACT == TANH) return codes(fmaxf(low * f[0].gain, -QMAX), fmaxf(high * f[1].gain, -QMAX));
+        // Never far below 0.
+        float p = x[0] * f[0].gain, q = x[1] * f[1].gain;
+        return codes(fmaf(p, low, p), fmaf(q, high, q));
+    }
+    return codes(fmaxf(quotient(value(a, f[0]), f[0].step, f[0].step_inverse), -QMAX),
+                 fmaxf(quotient(value(b, f[1]), f[1].step, f[1].step_inverse), -QMAX));
 }
 
-// 64 features of `EN` tokens lie in shared memory, a row for each token; chunks of 16 bytes are exchanged so that
-// neither the writes of a warp nor its reads meet in a bank.
+// Tokens of a tile that this block finishes: a tile's inputs may be shared out to SPLIT blocks, and then its tokens.
+constexpr int DONE = BN / SPLIT;
+
+// 64 features of EN tokens lie in shared memory, a row for each token; chunks of 16 bytes are exchanged so that neither
+// the writes of a warp nor its reads meet in a bank.
 constexpr int STAGED_ROW = 64 * OUT_BYTES;
-constexpr int EN = STORE == CODES ? (BN < 64 ? BN : 64) : (BN < 32 ? BN : 32);
+constexpr int EN = DONE % 64 == 0 ? 64 : DONE < 32 ? DONE : 32;
 constexpr int STAGED = STORE == ACCUMULATORS ? 0 : EN * STAGED_ROW;
 
 __device__ inline u32 staged(u32 base, int token, int chunk) {
@@ -110,33 +149,34 @@ __device__ inline u32 staged(u32 base, int token, int chunk) {
     return base + token * STAGED_ROW + at * 16;
 }
 
-// Stores a warpgroup's 64 rows x BN tokens; `acc` is in wgmma's order, `base` the group's own staging memory, `f` the
+// Stores a warpgroup's 64 rows x DONE tokens; `acc` is in wgmma's order, `base` the group's own staging memory, `f` the
 // factors of this lane's two features and `sync` a barrier of the group.
 template <class Sync>
-__device__ inline void store_tile(const int (&acc)[BN / 2], const Feature *f, const Epilogue &e, u32 base, int row0,
+__device__ inline void store_tile(int (&acc)[DONE / 2], const Feature *f, const Epilogue &e, u32 base, int row0,
                                   int token0, Sync sync) {
     int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
     if constexpr (STORE == ACCUMULATORS) {
         int *out = (int *)e.out;
         int row = row0 + warp * 16 + 2 * g;
 #pragma unroll
-        for (int i = 0; i < BN / 2; i++) {
+        for (int i = 0; i < DONE / 2; i++) {
             int token = token0 + i / 4 * 8 + 2 * t + i % 2, r = row + i % 4 / 2;
             if (token < e.tokens && r < e.rows) out[(long long)token * e.rows + r] = acc[i];
         }
         return;
     }
-#pragma unroll
-    for (int first = 0; first < BN; first += EN) {
-        if (token0 + first >= e.tokens) return;
+    // Where groups store while others multiply, a loop that stays one, and moves the sums that it has not come to:
+    // unrolled, the code of products and stores outgrows the instruction cache next to a scheduler.
+#pragma unroll (RESIDENT ? 1 : DONE / EN)
+    for (int first = 0; first < DONE; first += EN) {
+        if (token0 + first >= e.tokens) break;
         sync();
         if constexpr (STORE == HALF) {
 #pragma unroll
             for (int j = 0; j < EN / 8; j++)
 #pragma unroll
                 for (int k = 0; k < 2; k++) {
-                    const int *a = acc + (first / 8 + j) * 4 + k;
-                    u32 h = halves(activated(value(a[0], f[0])), activated(value(a[2], f[1])));
+                    u32 h = halves(value(acc[j * 4 + k], f[0]), value(acc[j * 4 + k + 2], f[1]));
                     int token = j * 8 + 2 * t + k;
                     asm volatile("st.shared.b32 [%0], %1;" ::"r"(staged(base, token, warp * 2 + g / 4) + g % 4 * 4), "r"(h));
                 }
@@ -146,8 +186,8 @@ __device__ inline void store_tile(const int (&acc)[BN / 2], const Feature *f, co
                 u32 m[2];
 #pragma unroll
                 for (int k = 0; k < 2; k++) {
-                    const int *a = acc + (first / 8 + j + k) * 4;
-                    m[k] = code_pair(a[0], a[2], f) | code_pair(a[1], a[3], f) << 16;
+                    const int *a = acc + (j + k) * 4;
+                    m[k] = __byte_perm(code_pair(a[0], a[2], f), code_pair(a[1], a[3], f), 0x5410);
                 }
                 u32 at = staged(base, j * 8 + lane % 16, warp);
 #if __CUDA_ARCH__ >= 900
@@ -164,28 +204,30 @@ __device__ inline void store_tile(const int (&acc)[BN / 2], const Feature *f, co
             }
         }
         sync();
-        constexpr int CHUNKS = STAGED_ROW / 16;
-        bool whole = e.rows * OUT_BYTES % 16 == 0;
+        // Chunks of 16 bytes go out as they are, if rows of the output begin at multiples of 16.
+        constexpr int CHUNKS = STAGED_ROW / 16, PER_THREAD = (EN * CHUNKS + 127) / 128;
+        if (e.rows * OUT_BYTES % 16 == 0) {
 #pragma unroll
-        for (int i = thread; i < EN * CHUNKS; i += 128) {
-            int token = i / CHUNKS, chunk = i % CHUNKS, row = row0 + chunk * (16 / OUT_BYTES);
-            if (token0 + first + token >= e.tokens || row >= e.rows) continue;
-            uint4 v;
-            asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                         : "r"(staged(base, token, chunk)));
-            char *out = (char *)e.out + ((long long)(token0 + first + token) * e.rows + row) * OUT_BYTES;
-            if (whole) *(uint4 *)out = v;
-            else {
-                int n = min(16 / OUT_BYTES, e.rows - row);
-                const u32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-                for (int k = 0; k < 16 / OUT_BYTES; k++) {
-                    if (k >= n) break;
-                    if (OUT_BYTES == 2) ((unsigned short *)out)[k] = words[k / 2] >> (k % 2 * 16);
-                    else out[k] = words[k / 4] >> (k % 4 * 8);
-                }
+            for (int k = 0; k < PER_THREAD; k++) {
+                int i = thread + k * 128, token = token0 + first + i / CHUNKS, row = row0 + i % CHUNKS * (16 / OUT_BYTES);
+                if (i >= EN * CHUNKS || token >= e.tokens || row >= e.rows) continue;
+                uint4 v;
+                asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                             : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                             : "r"(staged(base, i / CHUNKS, i % CHUNKS)));
+                *(uint4 *)((char *)e.out + ((long long)token * e.rows + row) * OUT_BYTES) = v;
             }
-        }
+        } else
+#pragma unroll 1
+            for (int i = thread; i < EN * STAGED_ROW; i += 128) {
+                int token = i / STAGED_ROW, byte = i % STAGED_ROW;
+                if (token0 + first + token >= e.tokens || row0 + byte / OUT_BYTES >= e.rows) continue;
+                u32 v;
+                asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(staged(base, token, byte / 16) + byte % 16));
+                ((u8 *)e.out)[((long long)(token0 + first + token) * e.rows + row0) * OUT_BYTES + byte] = v;
+            }
+        if (first + EN < DONE)
+#pragma unroll
+            for (int i = 0; i < DONE / 2 - EN / 2; i++) acc[i] = acc[i + EN / 2];
     }
 }

@@ -9,9 +9,13 @@ constexpr int STEP = SPARSE ? 64 : 32;            // inputs that one wgmma multi
 constexpr int STEPS = 128 / STEP;                 // of a stage, which has 128 inputs
 constexpr int CHUNK = STEPS * (2048 + 512 * SPARSE);  // bytes of 64 rows x 128 inputs of the weight
 constexpr int X_BYTES = BN * 128;
-constexpr int W_BYTES = RESIDENT || DIRECT ? 0 : WGS * CHUNK;
+constexpr int W_BYTES = RESIDENT ? 0 : WGS * CHUNK;
 constexpr int STAGE = X_BYTES + W_BYTES;
 constexpr int ROWS = WGS * 64;
+// Blocks of a cluster either share their tokens (CLUSTER > 1: each loads a part for all) or a tile's inputs (SPLIT > 1:
+// each sums a part, and finishes a part of the tokens).
+constexpr int BLOCKS = CLUSTER * SPLIT;
+static_assert(CLUSTER == 1 || SPLIT == 1, "one or the other");
 
 struct alignas(64) TensorMap {
     u64 opaque[16];
@@ -46,7 +50,7 @@ __device__ inline void barrier_arrive(u32 bar, int cta) {
     else
         asm volatile(
             "{ .reg .b32 r; mapa.shared::cluster.u32 r, %0, %1;\n"
-            "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [r]; }" ::"r"(bar), "r"(cta)
+            "mbarrier.arrive.shared::cluster.b64 _, [r]; }" ::"r"(bar), "r"(cta)
             : "memory");
 }
 
@@ -129,7 +133,7 @@ struct Ring {
 struct Tiles {
     int block, tile, end, by, blocks;
     __device__ inline Tiles(const Epilogue &e) {
-        int cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
+        int cluster = blockIdx.x / BLOCKS, clusters = gridDim.x / BLOCKS;
         blocks = (e.rows + CLUSTER * ROWS - 1) / (CLUSTER * ROWS);
         int tiles = (e.tokens + BN - 1) / BN;
         if (RESIDENT) {
@@ -143,7 +147,46 @@ struct Tiles {
     __device__ inline int row() const { return (RESIDENT ? block : tile % blocks) * CLUSTER * ROWS; }
 };
 
-extern "C" __global__ void __launch_bounds__(WGS * 128 + 128, 1) __cluster_dims__(CLUSTER, 1, 1)
+__device__ inline void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// Sums of a tile whose inputs were shared out: each block sends the others their tokens' sums and adds up its own.
+__device__ inline void gather(const int (&acc)[BN / 2], int (&sums)[DONE / 2], u32 exchange, int rank, int group) {
+    int thread = threadIdx.x % 128;
+    // Four sums of each thread lie together.
+    auto place = [&](int from, int j) { return exchange + (((from * WGS + group) * (DONE / 8) + j) * 128 + thread) * 16; };
+#pragma unroll
+    for (int to = 0; to < SPLIT; to++) {
+        const int *a = acc + to * (DONE / 2);
+        if (SPLIT == 1 || to == rank)
+#pragma unroll
+            for (int i = 0; i < DONE / 2; i++) sums[i] = a[i];
+        else
+#pragma unroll
+            for (int j = 0; j < DONE / 8; j++)
+                asm volatile("{ .reg .b32 r; mapa.shared::cluster.u32 r, %0, %1;\n"
+                             "st.shared::cluster.v4.b32 [r], {%2, %3, %4, %5}; }" ::"r"(place(rank, j)),
+                             "r"(to), "r"(a[j * 4]), "r"(a[j * 4 + 1]), "r"(a[j * 4 + 2]), "r"(a[j * 4 + 3])
+                             : "memory");
+    }
+    if (SPLIT == 1) return;
+    cluster_barrier();
+    for (int from = 0; from < SPLIT; from++) {
+        if (from == rank) continue;
+#pragma unroll
+        for (int j = 0; j < DONE / 8; j++) {
+            int v[4];
+            asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                         : "r"(place(from, j)));
+#pragma unroll
+            for (int i = 0; i < 4; i++) sums[j * 4 + i] += v[i];
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(WGS * 128 + 128, PER_SM) __cluster_dims__(BLOCKS, 1, 1)
 sparse_linear(const __grid_constant__ TensorMap x, const u8 *__restrict__ w, EPILOGUE) {
     const Epilogue e = {scale, bias, pair, step, out, tokens, rows, cols};
     extern __shared__ u8 dynamic[];
@@ -151,19 +194,20 @@ sparse_linear(const __grid_constant__ TensorMap x, const u8 *__restrict__ w, EPI
     u32 memory = shared_address(dynamic) + 1023 & ~1023u;
     u32 full = shared_address(barriers), empty = full + 8 * STAGES;
     int group = threadIdx.x / 128;
-    int rank = blockIdx.x % CLUSTER;
-    int stages = (e.cols + 127) / 128;
+    // Which of the blocks that share tokens, and which of those that share inputs.
+    int rank = blockIdx.x % CLUSTER, part = blockIdx.x % SPLIT;
+    int stages = (e.cols + 127) / 128, from_stage = stages * part / SPLIT, to_stage = stages * (part + 1) / SPLIT;
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) barrier_init(full + 8 * s, 1), barrier_init(empty + 8 * s, WGS * CLUSTER);
         asm volatile("fence.mbarrier_init.release.cluster;");
         asm volatile("fence.proxy.async;");
     }
-    if (CLUSTER == 1) __syncthreads();
-    else asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+    if (BLOCKS == 1) __syncthreads();
+    else cluster_barrier();
     let_next_start();
 
     if (group == WGS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(WGS == 3 ? 32 : 24));
+        if (WGS > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(WGS == 3 ? 32 : 24));
         if (threadIdx.x == WGS * 128) {
             // The others write nothing before they have what is loaded here.
             after_previous();
@@ -171,12 +215,12 @@ sparse_linear(const __grid_constant__ TensorMap x, const u8 *__restrict__ w, EPI
             for (Tiles tiles(e); tiles.more(); tiles.next()) {
                 int token = tiles.token() + rank * (BN / CLUSTER);
 #pragma unroll 1
-                for (int k = 0; k < stages; k++, ring.next()) {
+                for (int k = from_stage; k < to_stage; k++, ring.next()) {
                     u32 bar = full + 8 * ring.stage, at = memory + ring.stage * STAGE;
                     barrier_wait(empty + 8 * ring.stage, ring.parity);
                     barrier_expect(bar, STAGE);
                     load_x(at + rank * (X_BYTES / CLUSTER), &x, k * 128, token, bar);
-                    if (!RESIDENT && !DIRECT)
+                    if (!RESIDENT)
 #pragma unroll 1
                         for (int i = 0; i < WGS; i++) {
                             long long own = min((tiles.row() + rank * ROWS) / 64 + i, (e.rows - 1) / 64);
@@ -185,28 +229,50 @@ sparse_linear(const __grid_constant__ TensorMap x, const u8 *__restrict__ w, EPI
                 }
             }
         }
+        if (SPLIT > 1) cluster_barrier();
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WGS == 3 ? 160 : 240));
+        if (WGS > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WGS == 3 ? 160 : 240));
         int thread = threadIdx.x % 128;
         int own = rank * ROWS + group * 64;
         int first = own + thread / 32 * 16 + thread % 32 / 4 * 2;
         auto sync = [&] { asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory"); };
         u32 staging = memory + STAGES * STAGE + group * STAGED;
-        Ring ring = {0, 0};
-        int acc[BN / 2];
-        u32 previous = 0;
-        auto release = [&](u32 bar) {
-            if (thread < CLUSTER) barrier_arrive(bar, thread);
-        };
         // Groups take turns, so that one's epilogue runs under the products of the others.
         auto turn = [&] { if (ORDERED) asm volatile("bar.sync %0, 256;" ::"r"(8 + group) : "memory"); };
         auto pass = [&] { if (ORDERED) asm volatile("bar.arrive %0, 256;" ::"r"(8 + (group + 1) % WGS) : "memory"); };
+        Ring ring = {0, 0};
+        int acc[BN / 2];
+        // Stages whose products may still run; older ones go back to those who fill them.
+        int held = 0, oldest = 0;
+        auto release = [&] {
+            if (thread < CLUSTER) barrier_arrive(empty + 8 * oldest, thread);
+            if (++oldest == STAGES) oldest = 0;
+        };
+        auto issued = [&] {
+            asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+            ring.next();
+            if (held == DEPTH) {
+                wait_products<DEPTH>();
+                release();
+            } else held++;
+        };
+        auto finish = [&] {
+            pass();
+            wait_products<0>();
+            for (; held > 0; held--) release();
+        };
+        auto store = [&](const Feature *f, int row, int token) {
+            int sums[DONE / 2];
+            gather(acc, sums, memory + STAGES * STAGE + WGS * STAGED, part, group);
+            store_tile(sums, f, e, staging, row, token + part * DONE, sync);
+        };
         if (group == WGS - 1) pass();
         if constexpr (RESIDENT) {
             constexpr int KS = COLS / STEP;
             u32 a[KS][4], meta[KS];
             Tiles tiles(e);
             const u8 *from = w + (long long)min((tiles.row() + own) / 64, (e.rows - 1) / 64) * stages * CHUNK;
+            from += from_stage * CHUNK;
 #pragma unroll
             for (int k = 0; k < KS; k++) {
                 const u8 *chunk = from + k / STEPS * CHUNK;
@@ -225,49 +291,26 @@ sparse_linear(const __grid_constant__ TensorMap x, const u8 *__restrict__ w, EPI
                     }
                     u32 at = memory + ring.stage * STAGE + k % STEPS * STEP;
                     Product<BN>::run(acc, a[k], descriptor(at), meta[k], k > 0);
-                    if (k % STEPS == STEPS - 1 || k == KS - 1) {
-                        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-                        if (k == KS - 1) pass();
-                        if (k >= STEPS) {
-                            wait_products<1>();
-                            release(previous);
-                        }
-                        previous = empty + 8 * ring.stage;
-                        ring.next();
-                    }
+                    if (k % STEPS == STEPS - 1 || k == KS - 1) issued();
                 }
-                wait_products<0>();
-                release(previous);
-                store_tile(acc, f, e, staging, tiles.row() + own, tiles.token(), sync);
+                finish();
+                store(f, tiles.row() + own, tiles.token());
             }
         } else {
             for (Tiles tiles(e); tiles.more(); tiles.next()) {
+                // A stage's share of the weight is in registers until its products are done.
+                u32 a[DEPTH + 1][STEPS][4], meta[DEPTH + 1][STEPS];
+                Feature f[2] = {feature(e, tiles.row() + first), feature(e, tiles.row() + first + 1)};
                 turn();
-                u32 a[2][STEPS][4], meta[2][STEPS];
-                const u8 *next = w + (long long)min((tiles.row() + own) / 64, (e.rows - 1) / 64) * stages * CHUNK;
-                auto fetch = [&](u32 (&a)[STEPS][4], u32 (&meta)[STEPS]) {
+#pragma unroll 1
+                for (int k0 = from_stage; k0 < to_stage; k0 += DEPTH + 1) {
 #pragma unroll
-                    for (int s = 0; s < STEPS; s++) {
-                        asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
-                                     : "=r"(a[s][0]), "=r"(a[s][1]), "=r"(a[s][2]), "=r"(a[s][3])
-                                     : "l"(next + s * 2048 + thread * 16));
-                        if (SPARSE)
-                            asm volatile("ld.global.nc.L1::no_allocate.b32 %0, [%1];"
-                                         : "=r"(meta[s])
-                                         : "l"(next + STEPS * 2048 + s * 512 + thread * 4));
-                        else meta[s] = 0;
-                    }
-                    next += CHUNK;
-                };
-                if (DIRECT) fetch(a[0], meta[0]);
-                for (int k0 = 0; k0 < stages; k0 += 2) {
-#pragma unroll
-                    for (int k = 0; k < 2; k++) {
-                        if (k0 + k >= stages) break;
+                    for (int k = 0; k < DEPTH + 1; k++) {
+                        if (k0 + k >= to_stage) break;
                         barrier_wait(full + 8 * ring.stage, ring.parity);
                         u32 at = memory + ring.stage * STAGE, from = at + X_BYTES + group * CHUNK;
 #pragma unroll
-                        for (int s = 0; s < STEPS && !DIRECT; s++) {
+                        for (int s = 0; s < STEPS; s++) {
                             u32 *v = a[k][s];
                             asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                                          : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
@@ -281,24 +324,15 @@ sparse_linear(const __grid_constant__ TensorMap x, const u8 *__restrict__ w, EPI
                         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
                         for (int s = 0; s < STEPS; s++)
-                            Product<BN>::run(acc, a[k][s], descriptor(at + s * STEP), meta[k][s], k0 + k + s > 0);
-                        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-                        if (k0 + k > 0) {
-                            wait_products<1>();
-                            release(previous);
-                        }
-                        if (DIRECT && k0 + k + 1 < stages) fetch(a[1 - k], meta[1 - k]);
-                        previous = empty + 8 * ring.stage;
-                        ring.next();
+                            Product<BN>::run(acc, a[k][s], descriptor(at + s * STEP), meta[k][s], k0 + k + s > from_stage);
+                        issued();
                     }
                 }
-                pass();
-                wait_products<0>();
-                release(previous);
-                Feature f[2] = {feature(e, tiles.row() + first), feature(e, tiles.row() + first + 1)};
-                store_tile(acc, f, e, staging, tiles.row() + own, tiles.token(), sync);
+                finish();
+                store(f, tiles.row() + own, tiles.token());
             }
         }
     }
-    if (CLUSTER > 1) asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+    // Nobody leaves while others may still write to its memory.
+    if (CLUSTER > 1) cluster_barrier();
 }
