@@ -146,7 +146,8 @@ any number of GPUs.
 On several hosts, start the training command itself once for each GPU, by SLURM, MPI, Kubernetes or torchrun's
 `--no-python`, with these variables: RANK (0 to WORLD_SIZE-1), LOCAL_RANK (the GPU of the host), WORLD_SIZE (processes
 in all), MASTER_ADDR and MASTER_PORT (host of rank 0 and a free port there). Rank 0 alone writes to --out; model and data
-must be readable by all. GPUSQ_JOIN_TIMEOUT is how many seconds processes wait for each other at the start (300).";
+must be readable by all, and the network between them is trusted. GPUSQ_JOIN_TIMEOUT is how many seconds processes
+wait for each other at the start (300).";
 
 /// What `gpusq reproduce` leaves, for its help.
 const REPRODUCE_WRITES: &str = "\

@@ -77,11 +77,12 @@ impl Progress {
         };
         let mut text = format!(
             "{} parameters{compresses}; {} to train on, {} to score; \
-             longest {} tokens\nruns on {} and needs about {} of its memory and {} of disk",
+             longest {} tokens\nruns {}on {} and needs about {} of its memory and {} of disk",
             grouped(p.parameters as u64),
             counted(p.examples.0, p.windows.0),
             counted(p.examples.1, p.windows.1),
             p.longest,
+            if p.processes > 1 { format!("in {} processes, this one ", p.processes) } else { String::new() },
             p.device,
             bytes(p.memory),
             bytes(p.disk)

@@ -591,6 +591,10 @@ impl Run<'_> {
     /// A file of times that does not parse.
     pub fn record(&self, model: &Model) -> Result<RunRecord> {
         let stack = model.spec.last_stack();
+        let on = match self.group.size() {
+            1 => self.compute.to_string(),
+            n => format!("{}, the first of {n} processes", self.compute),
+        };
         Ok(RunRecord {
             title: format!(
                 "{} {} x {}",
@@ -604,7 +608,7 @@ impl Run<'_> {
                 _ => variant(model.attention, &self.config.distill),
             },
             started: Times::of(self.out)?.started,
-            machine: report::Machine::current(rayon::current_num_threads(), &self.compute.to_string()),
+            machine: report::Machine::current(rayon::current_num_threads(), &on),
             version: env!("CARGO_PKG_VERSION").into(),
             command: self.command.clone(),
             config: self.config.to_toml(),

@@ -35,7 +35,9 @@ pub struct Preflight {
     pub windows: (usize, usize),
     /// Longest example in tokens.
     pub longest: usize,
-    /// Where and in what it will be trained: `CPU, f32`, or a GPU with its name.
+    /// Processes that train together, each on its device.
+    pub processes: usize,
+    /// Where and in what it will be trained: `CPU, f32`, or a GPU with its name; by rank 0, if there are several.
     pub device: String,
     /// Bytes of memory that training will need on each device, estimated.
     pub memory: u64,
@@ -135,6 +137,7 @@ pub fn preflight(
         examples: (train.count, dev.count),
         windows: (train.examples.len(), dev.examples.len()),
         longest,
+        processes: devices,
         device: compute.to_string(),
         memory,
         disk,

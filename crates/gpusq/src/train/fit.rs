@@ -206,8 +206,10 @@ impl<'a> Stepper<'a> {
         let mut slots = self.slots(student, moments, &gradients, lr);
         let norm = adam.step(losses.total(), &mut slots).item();
         let terms = losses.terms();
-        how.compute.device.check()?;
+        let finished = how.compute.device.check();
+        // Whoever is lost explains what else went wrong.
         how.group.check()?;
+        finished?;
         if terms.total.is_finite() && norm.is_finite() {
             return Ok(terms);
         }

@@ -202,7 +202,8 @@ impl Group {
                 }
                 let (mut a, mut b) = (theirs.lines(), text.lines());
                 let differ = std::iter::from_fn(|| Some((a.next()?, b.next()?))).find(|(a, b)| a != b);
-                let (a, b) = differ.unwrap_or(("something longer or shorter", text));
+                // One has lines that the other has not.
+                let (a, b) = differ.unwrap_or(("one of other length", "it"));
                 verdict = format!(
                     "rank {rank} has another {what} than rank 0, `{a}` for `{b}`: start all ranks with the same command, \
                      model and data"

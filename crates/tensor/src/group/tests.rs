@@ -1,4 +1,5 @@
 use std::net::TcpListener;
+use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -22,13 +23,50 @@ fn seat(rank: usize, size: usize, port: u16) -> Seat {
 
 /// Runs `f` as each of `size` ranks and gives what they returned.
 fn ranks<T: Send>(size: usize, f: impl Fn(Group) -> T + Sync) -> Vec<T> {
+    seated(size, |seat| seat, f)
+}
+
+/// [`ranks`], who join as `change` says.
+fn seated<T: Send>(size: usize, change: fn(Seat) -> Seat, f: impl Fn(Group) -> T + Sync) -> Vec<T> {
     let port = free_port();
     thread::scope(|s| {
         let f = &f;
-        let all: Vec<_> =
-            (0..size).map(|r| s.spawn(move || f(Group::join(seat(r, size, port)).unwrap()))).collect();
+        let join = move |rank| Group::join(change(seat(rank, size, port))).unwrap();
+        let all: Vec<_> = (0..size).map(|rank| s.spawn(move || f(join(rank)))).collect();
         all.into_iter().map(|t| t.join().unwrap()).collect()
     })
+}
+
+#[test]
+fn a_sum_that_does_not_come_is_given_up() {
+    let quick =
+        |seat: Seat| Seat { patience: Patience { sum: Duration::from_secs(1), ..seat.patience }, ..seat };
+    let got = seated(2, quick, |g| {
+        let mut t = Tensor::full(&[10], 1.0);
+        if g.rank() == 1 {
+            // It is elsewhere, and alive.
+            thread::sleep(Duration::from_secs(4));
+        }
+        g.sum(&mut [&mut t]).unwrap_err().to_string()
+    });
+    for error in got {
+        assert_eq!(error, "rank 0 of 2 failed: waited 1 s for a sum over all ranks, which did not come");
+    }
+}
+
+#[test]
+fn a_process_in_the_middle_of_something_is_ended_when_others_are_lost() {
+    static ENDED: Mutex<Vec<String>> = Mutex::new(Vec::new());
+    let impatient = |seat: Seat| Seat {
+        patience: Patience { ending: Duration::from_millis(100), ..seat.patience },
+        last_resort: |e| ENDED.lock().unwrap().push(e.to_string()),
+        ..seat
+    };
+    seated(2, impatient, |g| match g.rank() {
+        0 => thread::sleep(Duration::from_secs(2)),
+        _ => g.fail("out of memory"),
+    });
+    assert_eq!(*ENDED.lock().unwrap(), ["rank 1 of 2 failed: out of memory"]);
 }
 
 #[test]
