@@ -332,7 +332,7 @@ mod tests {
         }
         // What is drawn after a checkpoint does not depend on it either.
         let y = dropout(&tape, &y, 0.5);
-        let loss = dot(&tape, &y, &noise(&[6, 8], 4).to(device));
+        let loss = dot(&tape, &y, &noise(&[6, 8], 4));
         let kept = tape.nodes.borrow().len();
         let value = y.value().to(Device::Cpu);
         let mut grads = tape.backward(&loss);
