@@ -99,7 +99,9 @@ mod tests {
         p
     }
 
-    fn reference(x: &[f64], lengths: &[usize], how: Attention, width: usize) -> Vec<f64> {
+    /// Scores of codes are whole numbers until they are scaled, so that equal ones are equal.
+    fn reference(x: &[f64], steps: [f32; 3], lengths: &[usize], how: Attention, width: usize) -> Vec<f64> {
+        let [q, k, v] = steps.map(f64::from);
         let hidden = how.heads * width;
         let mut out = vec![0.0; x.len() / 3];
         let mut first = 0;
@@ -112,13 +114,13 @@ mod tests {
                     let scores: Vec<f64> = (0..n)
                         .map(|j| {
                             part(i, 0).iter().zip(part(j, 1)).map(|(a, b)| a * b).sum::<f64>()
-                                * how.scale as f64
+                                * (how.scale as f64 * q * k)
                         })
                         .collect();
                     let p = weights(&scores, how.pattern);
                     let y = &mut out[(first + i) * hidden + h * width..][..width];
                     for (j, p) in p.iter().enumerate() {
-                        y.iter_mut().zip(part(j, 2)).for_each(|(y, v)| *y += p * v);
+                        y.iter_mut().zip(part(j, 2)).for_each(|(y, x)| *y += p * v * x);
                     }
                 }
             }
@@ -139,12 +141,6 @@ mod tests {
     }
 
     impl Case {
-        fn wide(&self) -> Vec<f64> {
-            let hidden = self.how.heads * self.width;
-            let part = |i: usize| self.steps.map_or(1.0, |s| s[i / hidden % 3] as f64);
-            self.x.to_f32().f32().iter().enumerate().map(|(i, &v)| v as f64 * part(i)).collect()
-        }
-
         /// By one kernel: f16 output, codes of step `step`, or both; every row beyond the batch must be untouched.
         fn run(&self, gpu: Gpu, kernel: Kernel, step: f32) -> (Option<Vec<f64>>, Option<Vec<i8>>) {
             let device = Device::Cuda(gpu);
@@ -193,7 +189,9 @@ mod tests {
 
         /// Against the definition, by every kernel that takes it. `how_far` is relative to the largest output.
         fn check(&self, gpu: Gpu, how_far: f64) {
-            let want = reference(&self.wide(), &self.lengths, self.how, self.width);
+            let x: Vec<f64> = self.x.to_f32().f32().iter().map(|&v| v as f64).collect();
+            let steps = self.steps.unwrap_or([1.0; 3]);
+            let want = reference(&x, steps, &self.lengths, self.how, self.width);
             let most = want.iter().fold(0.0f64, |m, v| m.max(v.abs()));
             let step = (most / 100.0) as f32;
             for kernel in kernels(gpu, self.width, self.how.pattern) {
