@@ -1,7 +1,7 @@
 //! The engine: packed encoder models from tokens to outputs, without a tape, on a CPU or an NVIDIA GPU.
 //!
 //! On a CPU its answers are the fake-quantised forward's bit for bit. On a GPU integer products are as exact, but hidden
-//! states are f16, and softmax and norms sum in another order: labels and spans agree, logits differ a little.
+//! states are f16, and softmax and norms sum in another order, so that logits differ a little.
 
 mod cpu;
 mod gpu;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use cudarc::driver::result;
 
 use super::stream::keep;
-use super::{CudaError, Gpu, Memory, Plain, lock, reason};
+use super::{CudaError, Gpu, Memory, Plain, reason};
 use crate::{DType, Tensor};
 
 /// Where tensors begin; what kernels and cuBLASLt like best.
@@ -147,14 +147,5 @@ impl<T: Plain> DerefMut for Pinned<T> {
     fn deref_mut(&mut self) -> &mut [T] {
         // SAFETY: as above; a graph holds the memory and does not look at it on the host.
         unsafe { std::slice::from_raw_parts_mut(self.memory.at.cast(), self.length) }
-    }
-}
-
-/// How much memory a GPU has left: free bytes and all bytes.
-impl Gpu {
-    /// Bytes of its memory that no process uses, after idle memory of this one was handed back.
-    pub fn free_memory(self) -> u64 {
-        let _ = self.bind().and_then(|()| self.reclaim(&mut lock(&self.0.pool)));
-        result::mem_get_info().map_or(0, |(free, _)| free as u64)
     }
 }
