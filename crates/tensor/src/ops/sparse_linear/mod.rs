@@ -4,8 +4,9 @@
 //! [`super::int8_linear`]: `y = acc * scale[o] + bias[o]`; after the output pair, if there is one,
 //! `y = code(y, output_step[o]) * output_step[o]`; and y is stored as it is, or as the codes of `activation(y)` that
 //! the next map multiplies. `code` is that of [`super::lsq`] for steps between 1e-30 and 1e30: true division, half to
-//! even, -127..=127. Activations other than ReLU are computed to 1e-3 of |y| and 1e-4 absolute (tanh by the hardware's
-//! approximation), so that about one in a hundred of their codes is a neighbour of the exact one.
+//! even, -127..=127. Activations other than ReLU are computed in f16 with the hardware's tanh, after an output pair whose
+//! scale and step are one factor: their codes are within one of the exact ones, and about one in a hundred differs. (Of
+//! GELU and SiLU the code -128 is possible, where a step is so small that the function's minimum leaves the codes.)
 //!
 //! Several kernels compute it, and which is fastest depends on GPU and shape: [`kernels`] lists those that can, for
 //! the caller to time. All give the same accumulators.
