@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::rc::Rc;
 
-use gpusq_tensor::ops::activation::{Activation, activation, quantized};
+use gpusq_tensor::ops::activation::{activation, quantized};
 use gpusq_tensor::ops::add::add;
 use gpusq_tensor::ops::attention::{Attention, attention, attention_joint, takes_joint};
 use gpusq_tensor::ops::cast::cast;
@@ -352,16 +352,22 @@ impl Forward<'_> {
         Input { plain: Some(x.clone()), quantized }
     }
 
-    /// [`Forward::input`] of an activation of `x`, for the map `input`. Where that is quantised, nothing else reads the
-    /// activation.
-    fn activated(&self, input: &str, x: &Var, function: Activation) -> Input {
-        let quantised =
-            matches!(self.bound.get(&format!("{input}.weight")).effective, Effective::Quantized(_));
-        match self.bound.leaves.get(&format!("{input}.input_scale")) {
-            Some(s) if quantised && !self.want.linears => {
-                Input { plain: None, quantized: Some(quantized(self.tape, x, function, &s.raw)) }
+    /// What the map `out` reads: the activation of what the map `first` makes of `x`. Where `out` is quantised, nothing
+    /// else reads the activation, and it goes from the sums of `first` to codes in one pass.
+    fn activated(&self, first: &str, out: &str, x: &Input, s: &Stack) -> Input {
+        let quantised = matches!(self.bound.get(&format!("{out}.weight")).effective, Effective::Quantized(_));
+        match self.bound.leaves.get(&format!("{out}.input_scale")) {
+            Some(scale) if quantised && !self.want.linears => {
+                let pair = self.output_step(first);
+                let (weight, bias) = self.weight_and_bias(first, s.bias);
+                let inner = self.product(weight, x, bias, &[], self.bound.element);
+                let codes = quantized(self.tape, &inner, s.activation, &scale.raw, pair);
+                Input { plain: None, quantized: Some(codes) }
             }
-            _ => self.input(input, &activation(self.tape, x, function)),
+            _ => {
+                let inner = self.linear(first, x, s.bias);
+                self.input(out, &activation(self.tape, &inner, s.activation))
+            }
         }
     }
 
@@ -371,9 +377,13 @@ impl Forward<'_> {
 
     /// [`Forward::linear`] with an output of type `element`.
     fn linear_as(&self, name: &str, x: &Input, bias: bool, element: DType) -> Var {
-        let bias = bias.then(|| self.bound.plain(&format!("{name}.bias")));
-        let effective = &self.bound.get(&format!("{name}.weight")).effective;
+        let (effective, bias) = self.weight_and_bias(name, bias);
         self.map(&[name.to_string()], effective, x, bias, element)
+    }
+
+    fn weight_and_bias(&self, name: &str, bias: bool) -> (&Effective, Option<&Var>) {
+        let effective = &self.bound.get(&format!("{name}.weight")).effective;
+        (effective, bias.then(|| self.bound.plain(&format!("{name}.bias"))))
     }
 
     /// The step size of the output of the map `name`, if it is quantised.
@@ -391,26 +401,33 @@ impl Forward<'_> {
         bias: Option<&Var>,
         element: DType,
     ) -> Var {
-        let mut steps: Vec<Var> = names.iter().filter_map(|name| self.output_step(name)).cloned().collect();
-        let y = match (weight, &x.quantized) {
-            (Effective::Plain(w), _) => {
-                let x = x.plain.as_ref().expect("what is quantised at once feeds quantised maps");
-                linear_as(self.tape, x, w, bias, element)
-            }
-            (Effective::Quantized(w), Some(x)) => {
-                // What is tapped is not quantised yet.
-                let steps = if self.want.linears { Vec::new() } else { std::mem::take(&mut steps) };
-                quantized_linear(self.tape, x, w, bias, &steps, element)
-            }
-            (Effective::Quantized(_), None) => {
-                panic!("`{}` is quantised but its input has no scale", names.join("`, `"))
-            }
-        };
+        let steps: Vec<Var> = names.iter().filter_map(|name| self.output_step(name)).cloned().collect();
+        // What is tapped is not quantised yet.
+        let together = matches!(weight, Effective::Quantized(_)) && !self.want.linears;
+        let y = self.product(weight, x, bias, if together { &steps } else { &[] }, element);
         let [name] = names else { return y };
         self.tap(self.want.linears, || format!("{name}.y"), &y);
         match &steps[..] {
-            [step] => lsq::fake_quantize(self.tape, &y, step),
+            [step] if !together => lsq::fake_quantize(self.tape, &y, step),
             _ => y,
+        }
+    }
+
+    /// `x` times `weight`; with `steps`, of a quantised weight, fake-quantised.
+    fn product(
+        &self,
+        weight: &Effective,
+        x: &Input,
+        bias: Option<&Var>,
+        steps: &[Var],
+        element: DType,
+    ) -> Var {
+        match (weight, x) {
+            (Effective::Plain(w), Input { plain: Some(x), .. }) => linear_as(self.tape, x, w, bias, element),
+            (Effective::Quantized(w), Input { quantized: Some(x), .. }) => {
+                quantized_linear(self.tape, x, w, bias, steps, element)
+            }
+            _ => panic!("a map is quantised and its input is not, or the other way round"),
         }
     }
 
@@ -523,13 +540,13 @@ impl Forward<'_> {
         }
         self.sublayer(&format!("{at}.ffn.norm"), s, &x, |x| {
             let input = self.input(&format!("{at}.ffn"), x);
-            let inner = self.linear(&format!("{at}.ffn.in"), &input, s.bias);
-            let out = format!("{at}.ffn.out");
+            let (first, out) = (format!("{at}.ffn.in"), format!("{at}.ffn.out"));
             let inner = if s.gated {
+                let inner = self.linear(&first, &input, s.bias);
                 let gate = self.linear(&format!("{at}.ffn.gate"), &input, s.bias);
                 self.input(&out, &gated_silu(self.tape, &gate, &inner))
             } else {
-                self.activated(&out, &inner, s.activation)
+                self.activated(&first, &out, &input, s)
             };
             self.linear(&out, &inner, s.bias)
         })

@@ -33,7 +33,6 @@ pub mod weighted_sum;
 /// The kernels of every operation that has some.
 #[cfg(test)]
 pub(crate) const SOURCES: &[&crate::cuda::Source] = &[
-    &activation::SOURCE,
     &add::SOURCE,
     &attention::SOURCE,
     &cast::SOURCE,
@@ -62,6 +61,7 @@ pub(crate) fn variants() -> (Vec<crate::cuda::Variant>, Vec<crate::cuda::Variant
     let (sparse, sparse_hopper) = sparse_linear::variants();
     let (varlen, varlen_hopper) = varlen_attention::variants();
     let any = [
+        activation::variants(),
         attention::flash_variants(),
         codes::variants(),
         dense_linear::variants(),

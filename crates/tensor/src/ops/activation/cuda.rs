@@ -1,6 +1,6 @@
 use super::Activation;
 use crate::cuda::reduce::Strips;
-use crate::cuda::{Arg, Gpu, Grid, Source};
+use crate::cuda::{Arg, Gpu, Grid, Source, Variant};
 use crate::ops::lsq;
 use crate::{DType, Tensor};
 
@@ -12,37 +12,19 @@ macro_rules! functions {
 }
 pub(crate) use functions;
 
-pub(crate) static SOURCE: Source =
-    Source { name: "activation", text: concat!(functions!(), include_str!("kernel.cu")) };
+static SOURCE: Source = Source { name: "activation", text: concat!(functions!(), include_str!("kernel.cu")) };
 
-/// The kernels of a function: forward, codes, and of both the backward pass by packs and by elements.
-struct Kernels {
-    forward: &'static str,
-    codes: &'static str,
-    backward: [&'static str; 2],
-    of_codes: [&'static str; 2],
+/// The kernels of a function.
+fn variant(function: Activation, element: DType) -> Variant {
+    SOURCE.with(element, &[("FUNCTION", number(Some(function)))])
 }
 
-/// The kernels whose names begin with `name`.
-macro_rules! kernels {
-    ($name:literal) => {
-        Kernels {
-            forward: $name,
-            codes: concat!($name, "_codes"),
-            backward: [concat!($name, "_pack"), concat!($name, "_1")],
-            of_codes: [concat!($name, "_pack_of_codes"), concat!($name, "_1_of_codes")],
-        }
-    };
-}
-
-fn kernels(function: Activation) -> Kernels {
-    match function {
-        Activation::Gelu => kernels!("gelu"),
-        Activation::GeluTanh => kernels!("gelu_tanh"),
-        Activation::Relu => kernels!("relu"),
-        Activation::Silu => kernels!("silu"),
-        Activation::Tanh => kernels!("tanh_"),
-    }
+/// Every variant there is.
+#[cfg(test)]
+pub(crate) fn variants() -> Vec<Variant> {
+    use Activation::*;
+    let of = |function| [DType::F32, DType::Bf16].map(|element| variant(function, element));
+    [Gelu, GeluTanh, Relu, Silu, Tanh].into_iter().flat_map(of).collect()
 }
 
 /// The function for sources that have it as a constant: `Numbered` in `functions.cuh`.
@@ -61,7 +43,7 @@ pub(super) fn forward(gpu: Gpu, x: &Tensor, function: Activation) -> Tensor {
     let out = Tensor::stale_of(gpu, x.dtype(), x.shape());
     let n = x.len();
     let arguments = [out.memory().into(), x.memory().into(), n.into()];
-    gpu.launch(SOURCE.of(x.dtype()), kernels(function).forward, Grid::packs(n), &arguments);
+    gpu.launch(variant(function, x.dtype()), "forward", Grid::packs(n), &arguments);
     out
 }
 
@@ -70,8 +52,8 @@ pub(super) fn backward(gpu: Gpu, grad: &Tensor, x: &Tensor, function: Activation
     let dx = Tensor::stale_of(gpu, x.dtype(), x.shape());
     let strips = Strips::of(gpu, x, 1);
     gpu.launch(
-        SOURCE.of(x.dtype()),
-        kernels(function).backward[usize::from(!strips.packed)],
+        variant(function, x.dtype()),
+        if strips.packed { "backward_pack" } else { "backward_1" },
         strips.grid,
         &[
             strips.parts.memory().into(),
@@ -86,42 +68,46 @@ pub(super) fn backward(gpu: Gpu, grad: &Tensor, x: &Tensor, function: Activation
     (dx, strips.finish(gpu).remove(0))
 }
 
-/// The codes of the function's values, and if `bytes` also as i8.
+/// The codes of the function's values, and if `bytes` also as i8. With a `pair`, `x` is rounded to that grid before.
 pub(super) fn codes(
     gpu: Gpu,
     x: &Tensor,
     function: Activation,
     step: &Tensor,
+    pair: Option<&Tensor>,
     bytes: bool,
 ) -> (Tensor, Option<Tensor>) {
     let out = Tensor::stale_of(gpu, x.dtype(), x.shape());
     let small = bytes.then(|| Tensor::stale_of(gpu, DType::I8, x.shape()));
     let n = x.len();
+    let at = |t: Option<&Tensor>| t.map_or(Arg::Pointer(0), |t| t.memory().into());
     let arguments = [
         out.memory().into(),
-        small.as_ref().map_or(Arg::Pointer(0), |t| t.memory().into()),
+        at(small.as_ref()),
         x.memory().into(),
         step.memory().into(),
+        at(pair),
         n.into(),
     ];
-    gpu.launch(SOURCE.of(x.dtype()), kernels(function).codes, Grid::packs(n), &arguments);
+    gpu.launch(variant(function, x.dtype()), "codes", Grid::packs(n), &arguments);
     (out, small)
 }
 
-/// The input's gradient, its column sums, and the gradient of the step size.
+/// The input's gradient, its column sums, and the gradients of the step size and of the pair's.
 pub(super) fn codes_backward(
     gpu: Gpu,
     grad: &Tensor,
     x: &Tensor,
     function: Activation,
     step: &Tensor,
+    pair: Option<&Tensor>,
     divisor: f32,
-) -> (Tensor, Tensor, Tensor) {
+) -> (Tensor, Tensor, Tensor, Option<Tensor>) {
     let dx = Tensor::stale_of(gpu, x.dtype(), x.shape());
-    let strips = Strips::of(gpu, x, 2);
+    let strips = Strips::of(gpu, x, if pair.is_some() { 3 } else { 2 });
     gpu.launch(
-        SOURCE.of(x.dtype()),
-        kernels(function).of_codes[usize::from(!strips.packed)],
+        variant(function, x.dtype()),
+        if strips.packed { "codes_backward_pack" } else { "codes_backward_1" },
         strips.grid,
         &[
             strips.parts.memory().into(),
@@ -129,12 +115,14 @@ pub(super) fn codes_backward(
             grad.memory().into(),
             x.memory().into(),
             step.memory().into(),
+            pair.map_or(Arg::Pointer(0), |p| p.memory().into()),
             x.rows().into(),
             x.width().into(),
             strips.per_part.into(),
         ],
     );
-    let [sums, shares] = strips.finish(gpu).try_into().expect("two sums");
-    let ds = lsq::step_gradient(gpu, &shares, divisor);
-    (dx, sums, ds)
+    let mut sums = strips.finish(gpu).into_iter();
+    let of_x = sums.next().expect("at least two sums");
+    let mut steps = sums.map(|shares| lsq::step_gradient(gpu, &shares, divisor));
+    (dx, of_x, steps.next().expect("at least two sums"), steps.next())
 }

@@ -26,7 +26,19 @@ struct Gelu {
         float e, p = phi(x, &e);
         return p + x * 0.39894228f * e;
     }
+    static __device__ float value_and_slope(float x, float *s) {
+        float e, p = phi(x, &e);
+        *s = p + x * 0.39894228f * e;
+        return x * p;
+    }
 };
+
+// Both, of functions whose value and slope share little.
+#define VALUE_AND_SLOPE                                          \
+    static __device__ float value_and_slope(float x, float *s) { \
+        *s = slope(x);                                           \
+        return value(x);                                         \
+    }
 
 struct GeluTanh {
     static __device__ float inner(float x) { return tanhf(SQRT_2_OVER_PI * (x + 0.044715f * x * x * x)); }
@@ -35,11 +47,13 @@ struct GeluTanh {
         float t = inner(x);
         return 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * SQRT_2_OVER_PI * (1.0f + 3.0f * 0.044715f * x * x);
     }
+    VALUE_AND_SLOPE
 };
 
 struct Relu {
     static __device__ float value(float x) { return fmaxf(x, 0.0f); }
     static __device__ float slope(float x) { return x > 0.0f ? 1.0f : 0.0f; }
+    VALUE_AND_SLOPE
 };
 
 struct Silu {
@@ -49,6 +63,7 @@ struct Silu {
         float s = sigmoid(x);
         return s * (1.0f + x * (1.0f - s));
     }
+    VALUE_AND_SLOPE
 };
 
 struct Tanh {
@@ -57,6 +72,7 @@ struct Tanh {
         float t = tanhf(x);
         return 1.0f - t * t;
     }
+    VALUE_AND_SLOPE
 };
 
 struct Identity {

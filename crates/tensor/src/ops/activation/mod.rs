@@ -4,7 +4,7 @@ mod cpu;
 mod cuda;
 
 #[cfg(test)]
-pub(crate) use cuda::SOURCE;
+pub(crate) use cuda::variants;
 pub(crate) use cuda::{functions, number};
 
 use super::lsq::{self, Quantized};
@@ -39,19 +39,26 @@ pub fn activation(tape: &Tape, x: &Var, function: Activation) -> Var {
 }
 
 /// The INT8 codes of `function(x)` under one positive step size `scale` `[1]`, as [`lsq::quantize_activation`] makes them of
-/// [`activation`]'s result; on a GPU in one pass.
-pub fn quantized(tape: &Tape, x: &Var, function: Activation, scale: &Var) -> Quantized {
+/// [`activation`]'s result. With a `pair`, of `function` of `x` fake-quantised by that step size. On a GPU in one pass.
+pub fn quantized(tape: &Tape, x: &Var, function: Activation, scale: &Var, pair: Option<&Var>) -> Quantized {
     let value = x.value();
     let device = value.device();
     let Device::Cuda(gpu) = device else {
-        return lsq::quantize_activation(tape, &activation(tape, x, function), scale);
+        let x = pair.map_or(x.clone(), |pair| lsq::fake_quantize(tape, x, pair));
+        return lsq::quantize_activation(tape, &activation(tape, &x, function), scale);
     };
     let bytes = lsq::takes_bytes(device, value.dtype(), value.width());
-    let (codes, bytes) = cuda::codes(gpu, value, function, scale.value(), bytes);
-    let (x2, s2, divisor) = (x.clone(), scale.clone(), lsq::divisor(tape, value.len()));
-    let codes = tape.push(codes, &[x, scale], move |grad, grads| {
-        let (dx, sums, ds) = cuda::codes_backward(gpu, grad, x2.value(), function, s2.value(), divisor);
+    let (codes, bytes) = cuda::codes(gpu, value, function, scale.value(), pair.map(Var::value), bytes);
+    let inputs: Vec<&Var> = [x, scale].into_iter().chain(pair).collect();
+    let (x2, s2, p2, divisor) = (x.clone(), scale.clone(), pair.cloned(), lsq::divisor(tape, value.len()));
+    let codes = tape.push(codes, &inputs, move |grad, grads| {
+        let pair = p2.as_ref().map(Var::value);
+        let (dx, sums, ds, dp) =
+            cuda::codes_backward(gpu, grad, x2.value(), function, s2.value(), pair, divisor);
         grads.add(&s2, ds);
+        if let (Some(pair), Some(dp)) = (&p2, dp) {
+            grads.add(pair, dp);
+        }
         grads.add_with_sums(&x2, dx, sums);
     });
     Quantized::with_bytes(codes, scale.value().clone(), bytes)
@@ -81,43 +88,47 @@ mod tests {
         sum * 2.0 / std::f64::consts::PI.sqrt()
     }
 
-    /// Codes and gradients are those of the two operations one after the other, by packs and by elements.
+    /// Codes and gradients are those of the operations one after the other, by packs and by elements, with the output
+    /// pair of the map before and without.
     #[test]
-    fn quantized_is_what_two_operations_are() {
+    fn quantized_is_what_its_parts_are() {
         let functions =
             [Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::Silu, Activation::Tanh];
+        let cases = functions
+            .iter()
+            .flat_map(|f| [(f, 48, None), (f, 37, None), (f, 48, Some(0.013)), (f, 37, Some(0.013))]);
         for device in devices() {
             let types = if device == Device::Cpu { vec![DType::F32] } else { vec![DType::F32, DType::Bf16] };
-            for (function, dtype, width) in
-                functions.iter().flat_map(|f| types.iter().flat_map(move |t| [(f, t, 48), (f, t, 37)]))
+            for ((function, width, pair), dtype) in
+                cases.clone().flat_map(|c| types.iter().map(move |t| (c, *t)))
             {
                 let x = noise(&[300, width], 1);
-                let x = if *dtype == DType::Bf16 { x.to_bf16() } else { x };
+                let x = if dtype == DType::Bf16 { x.to_bf16() } else { x };
                 let weights = noise(&[300, width], 2).to_bf16().to_f32();
                 let run = |together: bool| {
                     let tape = Tape::recording();
-                    // Some values are beyond the range.
-                    let (x, s) = (tape.leaf(x.to(device)), tape.leaf(Tensor::scalar(0.008).to(device)));
-                    let q = match together {
-                        true => quantized(&tape, &x, *function, &s),
-                        false => lsq::quantize_activation(&tape, &activation(&tape, &x, *function), &s),
+                    let leaf = |t: &Tensor| tape.leaf(t.to(device));
+                    // Some values are beyond the range of either step size.
+                    let (x, s) = (leaf(&x), leaf(&Tensor::scalar(0.008)));
+                    let pair = pair.map(|p| leaf(&Tensor::scalar(p * 0.8)));
+                    let q = if together {
+                        quantized(&tape, &x, *function, &s, pair.as_ref())
+                    } else {
+                        let x = pair.as_ref().map_or(x.clone(), |p| lsq::fake_quantize(&tape, &x, p));
+                        lsq::quantize_activation(&tape, &activation(&tape, &x, *function), &s)
                     };
                     let loss = dot(&tape, &q.codes, &weights);
                     let mut grads = tape.backward(&loss);
-                    let all = [q.codes.value().clone(), grads.take(&x).unwrap(), grads.take(&s).unwrap()];
-                    all.map(|t| t.to(Device::Cpu).to_f32())
+                    let leaves = [&x, &s].into_iter().chain(&pair).map(|v| grads.take(v).unwrap());
+                    let all: Vec<Tensor> = [q.codes.value().clone()].into_iter().chain(leaves).collect();
+                    all.iter().map(|t| t.to(Device::Cpu).to_f32()).collect::<Vec<_>>()
                 };
-                let ([codes, dx, ds], [codes2, dx2, ds2]) = (run(true), run(false));
-                assert!(codes == codes2, "{device:?}, {function:?}, {dtype:?}");
-                for (what, got, want) in [("dx", dx, dx2), ("ds", ds, ds2)] {
+                let (one, parts) = (run(true), run(false));
+                let at = format!("{device:?}, {function:?}, {dtype:?}, width {width}, {pair:?}");
+                assert!(one[0] == parts[0], "{at}: codes");
+                for (got, want) in one[1..].iter().zip(&parts[1..]) {
                     let want: Vec<f64> = want.f32().iter().map(|&x| x as f64).collect();
-                    let tolerance = if *dtype == DType::Bf16 { 1e-2 } else { 1e-5 };
-                    close(
-                        &format!("{what} on {device:?}, {function:?}, {dtype:?}"),
-                        got.f32(),
-                        &want,
-                        tolerance,
-                    );
+                    close(&at, got.f32(), &want, 1e-5);
                 }
                 device.check().unwrap();
             }

@@ -50,8 +50,8 @@ pub(super) fn forward(
     keep: bool,
 ) -> (Tensor, Option<Saved>) {
     if flash::takes(q, q.width() / s.heads, s) {
-        let (out, log_sums) = flash::forward(gpu, flash::Operands::apart(q, k, v, s), s, drop, keep);
-        let saved = log_sums.map(|log_sums| Saved::LogSums { log_sums, out: out.clone() });
+        let (out, kept) = flash::forward(gpu, flash::Operands::apart(q, k, v, s), s, drop, keep);
+        let saved = kept.map(|kept| Saved::Flash(kept, out.clone()));
         return (out, saved);
     }
     let device = Device::Cuda(gpu);
@@ -93,11 +93,11 @@ pub(super) fn backward(
 ) -> (Tensor, Tensor, Tensor) {
     let softmax = match saved {
         Saved::Softmax(softmax) => softmax,
-        Saved::LogSums { log_sums, out } => {
+        Saved::Flash(kept, out) => {
             let gradients = [q, k, v].map(|x| Tensor::stale_of(gpu, x.dtype(), x.shape()));
             let [dq, dk, dv] = &gradients;
             let of = [(q, k, v), (dq, dk, dv)].map(|(q, k, v)| flash::Operands::apart(q, k, v, s));
-            flash::backward(gpu, grad, of, log_sums, out, s, drop);
+            flash::backward(gpu, grad, of, kept, out, s, drop);
             return gradients.into();
         }
     };

@@ -106,9 +106,6 @@ __device__ inline void fetch(T *tile, const T *matrix, long long stride, int fir
     }
 }
 
-__device__ inline void commit() { asm volatile("cp.async.commit_group;"); }
-
-template <int LEFT> __device__ inline void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT)); }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 // What wgmma knows of a right operand: its first element, the swizzle, and the bytes between groups of eight rows.
@@ -159,9 +156,6 @@ template <int N> __device__ inline void settled(u32 (&a)[N][4]) {
         asm volatile("" : "+r"(a[n][0]), "+r"(a[n][1]), "+r"(a[n][2]), "+r"(a[n][3])::"memory");
 }
 
-// What this thread has copied to shared memory is seen by wgmma after the next barrier.
-__device__ inline void arrived() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 // The same for 64 columns, with a left operand from a tile's rows and a right operand whose rows are the columns.
 __device__ inline void wgmma_shared(float (*d)[4], u64 left, u64 right, int add) {
     asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0;\n"
@@ -204,7 +198,6 @@ __device__ inline void fence_registers() {}
 __device__ inline void wait_for_products() {}
 template <int N> __device__ inline void settled(float (&d)[N][4]) {}
 template <int N> __device__ inline void settled(u32 (&a)[N][4]) {}
-__device__ inline void arrived() {}
 
 // A warp's rows of a tile as left operand.
 __device__ inline void held(u32 (*a)[4], const T *tile, int warp) {
@@ -237,6 +230,14 @@ __device__ inline void by_depth(float (*o)[4], const u32 (*a)[4], const T *tile)
         }
 }
 #endif
+
+// All that was fetched is there, and all threads have done with what they read before. Nothing may be on its way when the
+// fence comes: it would wait for it.
+__device__ inline void arrive() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    if (WGMMA) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncthreads();
+}
 
 // Before the first of some products: the registers they read and add to are written, and what they read in shared memory
 // has arrived.
@@ -281,18 +282,16 @@ __device__ inline void close(float (*s)[4], int first, int row, int keys, int se
 // Whether y, at a lower place or not, goes before x: the larger, of equals the lower.
 __device__ inline int before(float y, float x, bool lower) { return lower ? y >= x : y > x; }
 
-// The place of a score in its group (0 .. 4) in its two lowest bits, so that no two of a group are equal and the lower of
-// two that are equal otherwise is larger. What differs by less than 4 units in the last place counts as equal here.
-__device__ inline float marked(float x, int place) {
-    // Infinity with marks would be no number.
-    u32 bits = __float_as_uint(fminf(fmaxf(x, -3e38f), 3e38f));
-    // Of negative numbers those with smaller bits are larger.
-    return __uint_as_float((bits & ~3u) | (bits >> 31 ? place : 3 - place));
+// A score as an integer of the same order (infinities too), with its place in its group (0 .. 4) in the two lowest bits, so
+// that no two of a group are equal and the lower of two that are equal otherwise is larger. What differs by less than 4
+// units in the last place counts as equal here.
+__device__ inline int marked(float x, int place) {
+    int bits = __float_as_int(x);
+    return ((bits ^ (bits >> 31 & 0x7FFFFFFF)) & ~3) | (3 - place);
 }
 
 // kept[n][c]: whether score s[n][c] is among the `keep` largest of its group. Accumulator layout: a thread has columns
-// 8 n + 2 (lane % 4) + c % 2 of rows lane / 4 + 8 (c / 2). Groups run along columns (keys in `forward` and
-// `queries_backward`).
+// 8 n + 2 (lane % 4) + c % 2 of rows lane / 4 + 8 (c / 2). Groups run along columns.
 __device__ inline void survivors_of_columns(float (*s)[4], bool (*kept)[4], int keep) {
     if (!OF) return;
     constexpr int LANES = OF < 8 ? OF / 2 : 4;
@@ -303,10 +302,10 @@ __device__ inline void survivors_of_columns(float (*s)[4], bool (*kept)[4], int 
         for (int n = 0; n < 8; n++)
 #pragma unroll
             for (int c = 0; c < 4; c += 2) {
-                float x0 = marked(s[n][c], lane % 2 * 2), x1 = marked(s[n][c + 1], lane % 2 * 2 + 1);
-                float high = fmaxf(x0, x1), low = fminf(x0, x1);
-                float high2 = __shfl_xor_sync(~0u, high, 1), low2 = __shfl_xor_sync(~0u, low, 1);
-                float least = keep == 1 ? fmaxf(high, high2) : fmaxf(fminf(high, high2), fmaxf(low, low2));
+                int x0 = marked(s[n][c], lane % 2 * 2), x1 = marked(s[n][c + 1], lane % 2 * 2 + 1);
+                int high = max(x0, x1), low = min(x0, x1);
+                int high2 = __shfl_xor_sync(~0u, high, 1), low2 = __shfl_xor_sync(~0u, low, 1);
+                int least = keep == 1 ? max(high, high2) : max(min(high, high2), max(low, low2));
                 kept[n][c] = x0 >= least;
                 kept[n][c + 1] = x1 >= least;
             }
@@ -339,49 +338,24 @@ __device__ inline void survivors_of_columns(float (*s)[4], bool (*kept)[4], int 
         }
 }
 
-// The same where groups run along rows (keys in `keys_backward`).
-__device__ inline void survivors_of_rows(float (*s)[4], bool (*kept)[4], int keep) {
-    if (!OF) return;
-    constexpr int LANES = OF < 8 ? OF : 8;
-    int lane = threadIdx.x % 32 / 4;
-    if (OF == 4 && keep < 3) {
-#pragma unroll
-        for (int n = 0; n < 8; n++)
-#pragma unroll
-            for (int c = 0; c < 4; c++) {
-                float x = marked(s[n][c], lane % 4), y = __shfl_xor_sync(~0u, x, 4);
-                float high = fmaxf(x, y), low = fminf(x, y);
-                float high2 = __shfl_xor_sync(~0u, high, 8), low2 = __shfl_xor_sync(~0u, low, 8);
-                kept[n][c] = x >= (keep == 1 ? fmaxf(high, high2) : fmaxf(fminf(high, high2), fmaxf(low, low2)));
-            }
-        return;
-    }
-#pragma unroll
-    for (int n = 0; n < 8; n++)
-#pragma unroll
-        for (int c = 0; c < 4; c++) {
-            float x = s[n][c];
-            int rank = 0;
-#pragma unroll
-            for (int d = 1; d < LANES; d++)
-                rank += before(__shfl_xor_sync(~0u, x, 4 * d), x, (lane ^ d) < lane);
-            if (OF == 16)
-#pragma unroll
-                for (int d = 0; d < 8; d++) rank += before(__shfl_xor_sync(~0u, s[n][c ^ 2], 4 * d), x, c & 2);
-            kept[n][c] = rank < keep;
-        }
+// What survives the pattern is chosen in `forward` and handed to the backward kernels: for each tile of scores (batch and
+// head, 64 queries, 64 keys) a word of each thread with its 32 choices, bit c / 2 * 16 + n * 2 + c % 2 for kept[n][c].
+__device__ inline long long words_of_tile(long long batch_and_head, int query_tile, int key_tile, int queries, int keys) {
+    int query_tiles = (queries + TILE - 1) / TILE, key_tiles = (keys + TILE - 1) / TILE;
+    return ((batch_and_head * query_tiles + query_tile) * key_tiles + key_tile) * 128;
 }
 
 __device__ inline float drop(u32 index, u64 key, u32 below, float factor) {
     return !below ? 1.0f : random_bits(key, index) < below ? 0.0f : factor;
 }
 
-// Three blocks to a multiprocessor where their registers suffice for the pattern.
-#define BLOCK __launch_bounds__(128, WGMMA && D <= 64 && OF < 16 ? 3 : 1)
+// Three blocks to a multiprocessor where their registers suffice.
+#define BLOCK __launch_bounds__(128, WGMMA && D <= 64 ? 3 : 1)
 
-// Block (64 queries, batch and head). `log_sums` [batch, heads, queries] is null when no backward follows.
+// Block (64 queries, batch and head). `log_sums` [batch, heads, queries] and `survivors` are null when no backward
+// follows.
 extern "C" __global__ void BLOCK
-    forward(T *out, float *log_sums, const T *q, const T *k, const T *v, const u8 *mask, OPTIONS) {
+    forward(T *out, float *log_sums, u32 *survivors, const T *q, const T *k, const T *v, const u8 *mask, OPTIONS) {
     extern __shared__ __align__(16) T shared[];
     T *const tiles = aligned(shared);
     T *const query = tiles;
@@ -397,26 +371,18 @@ extern "C" __global__ void BLOCK
     int count = most <= 0 ? 0 : (min(most, keys) + TILE - 1) / TILE;
     auto tile = [&](int t, int which) { return tiles + (1 + 2 * (t % 2) + which) * TILE_SIZE; };
     fetch(query, q, q_stride, first, queries);
-    commit();
     fetch(tile(0, 0), k, k_stride, 0, keys);
     fetch(tile(0, 1), v, k_stride, 0, keys);
-    commit();
     int row = first + warp * 16 + lane / 4;
     float o[D / 8][4] = {}, top[2] = {minus_infinity(), minus_infinity()}, sum[2] = {};
-    wait<1>();
-    arrived();
-    __syncthreads();
     u32 a[STEPS][4];
-    held(a, query, warp);
     for (int t = 0; t < count; t++) {
+        arrive();
+        if (t == 0) held(a, query, warp);
         if (t + 1 < count) {
             fetch(tile(t + 1, 0), k, k_stride, (t + 1) * TILE, keys);
             fetch(tile(t + 1, 1), v, k_stride, (t + 1) * TILE, keys);
         }
-        commit();
-        wait<1>();
-        arrived();
-        __syncthreads();
         float s[8][4];
         bool kept[8][4];
         products();
@@ -424,6 +390,14 @@ extern "C" __global__ void BLOCK
         finish(s);
         close(s, t * TILE, row, keys, causal ? seen : 2 * keys, mask ? mask + (long long)b * keys : mask);
         survivors_of_columns(s, kept, keep);
+        if (OF && survivors) {
+            u32 word = 0;
+#pragma unroll
+            for (int n = 0; n < 8; n++)
+#pragma unroll
+                for (int c = 0; c < 4; c++) word |= (u32)kept[n][c] << (c / 2 * 16 + n * 2 + c % 2);
+            survivors[words_of_tile(blockIdx.y, blockIdx.x, t, queries, keys) + threadIdx.x] = word;
+        }
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             float highest = minus_infinity();
@@ -461,9 +435,7 @@ extern "C" __global__ void BLOCK
         products(o, weights);
         by_depth(o, weights, tile(t, 1));
         finish(o);
-        __syncthreads();
     }
-    wait<0>();
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
@@ -502,8 +474,8 @@ extern "C" __global__ void row_products(float *along, const T *grad, const T *ou
 
 // Block (64 queries, batch and head): the queries' gradient.
 extern "C" __global__ void BLOCK
-    queries_backward(T *dq, const T *grad, const float *log_sums, const float *along, const T *q, const T *k,
-                     const T *v, const u8 *mask, OPTIONS) {
+    queries_backward(T *dq, const T *grad, const float *log_sums, const float *along, const u32 *survivors, const T *q,
+                     const T *k, const T *v, const u8 *mask, OPTIONS) {
     extern __shared__ __align__(16) T shared[];
     T *const tiles = aligned(shared);
     const float unit = scale * LOG2E;
@@ -521,13 +493,7 @@ extern "C" __global__ void BLOCK
     fetch(slope, grad + ((long long)b * queries * heads + h) * D, heads * D, first, queries);
     fetch(tile(0, 0), k, k_stride, 0, keys);
     fetch(tile(0, 1), v, k_stride, 0, keys);
-    commit();
-    wait<0>();
-    arrived();
-    __syncthreads();
     u32 a[STEPS][4], d[STEPS][4];
-    held(a, query, warp);
-    held(d, slope, warp);
     int row = first + warp * 16 + lane / 4;
     float log_sum[2], dot[2];
     for (int r = 0; r < 2; r++) {
@@ -538,27 +504,27 @@ extern "C" __global__ void BLOCK
     }
     float o[D / 8][4] = {};
     for (int t = 0; t < count; t++) {
+        arrive();
+        if (t == 0) {
+            held(a, query, warp);
+            held(d, slope, warp);
+        }
         if (t + 1 < count) {
             fetch(tile(t + 1, 0), k, k_stride, (t + 1) * TILE, keys);
             fetch(tile(t + 1, 1), v, k_stride, (t + 1) * TILE, keys);
         }
-        commit();
-        wait<1>();
-        arrived();
-        __syncthreads();
         float s[8][4], dp[8][4];
-        bool kept[8][4];
+        u32 kept = OF ? survivors[words_of_tile(blockIdx.y, blockIdx.x, t, queries, keys) + threadIdx.x] : 0;
         products();
         by_rows(s, a, query, tile(t, 0));
         by_rows(dp, d, slope, tile(t, 1));
         finish(s, dp);
         close(s, t * TILE, row, keys, causal ? seen : 2 * keys, mask ? mask + (long long)b * keys : mask);
-        survivors_of_columns(s, kept, keep);
 #pragma unroll
         for (int n = 0; n < 8; n++)
 #pragma unroll
             for (int c = 0; c < 4; c++) {
-                float factor = OF && !kept[n][c] ? 0.0f : 1.0f;
+                float factor = OF && !(kept >> (c / 2 * 16 + n * 2 + c % 2) & 1) ? 0.0f : 1.0f;
                 if (drop_below) {
                     u32 at = ((u32)blockIdx.y * queries + row + c / 2 * 8) * keys;
                     factor *= drop(at + t * TILE + n * 8 + lane % 4 * 2 + c % 2, drop_key, drop_below, drop_factor);
@@ -571,9 +537,7 @@ extern "C" __global__ void BLOCK
         products(o, slopes);
         by_depth(o, slopes, tile(t, 0));
         finish(o);
-        __syncthreads();
     }
-    wait<0>();
     for (int r = 0; r < 2; r++) {
         if (row + 8 * r >= queries) continue;
         T *to = dq + at_q + (long long)(row + 8 * r) * q_stride + lane % 4 * 2;
@@ -585,8 +549,8 @@ extern "C" __global__ void BLOCK
 // Block (64 keys, batch and key head): gradients of keys and values, over the queries of all heads that share them, in
 // one order.
 extern "C" __global__ void BLOCK
-    keys_backward(T *dk, T *dv, const T *grad, const float *log_sums, const float *along, const T *q, const T *k,
-                  const T *v, const u8 *mask, OPTIONS) {
+    keys_backward(T *dk, T *dv, const T *grad, const float *log_sums, const float *along, const u32 *survivors,
+                  const T *q, const T *k, const T *v, const u8 *mask, OPTIONS) {
     extern __shared__ __align__(16) T shared[];
     T *const tiles = aligned(shared);
     __shared__ float column_log_sum[2][TILE], column_dot[2][TILE];
@@ -614,7 +578,6 @@ extern "C" __global__ void BLOCK
     fetch(key, k + at_k, k_stride, first, keys);
     fetch(value, v + at_k, k_stride, first, keys);
     if (count) start(0);
-    commit();
     int row = first + warp * 16 + lane / 4;
     bool open_row[2];
     for (int r = 0; r < 2; r++) {
@@ -625,11 +588,8 @@ extern "C" __global__ void BLOCK
     float ok[D / 8][4] = {}, ov[D / 8][4] = {};
     u32 a[STEPS][4], d[STEPS][4];
     for (int t = 0; t < count; t++) {
+        arrive();
         if (t + 1 < count) start(t + 1);
-        commit();
-        wait<1>();
-        arrived();
-        __syncthreads();
         // Wide heads have no registers to keep these.
         if (t == 0 || D > 64) {
             held(a, key, warp);
@@ -637,7 +597,17 @@ extern "C" __global__ void BLOCK
         }
         int h = g * group + t / blocks, from = (begin + t % blocks) * TILE;
         float s[8][4], dp[8][4], thin[8][4];
-        bool kept[8][4];
+        // Here keys are rows and queries columns: of queries n / 2 * 16 + 2 (lane % 4) + c % 2 and eight more, word
+        // n / 2, c % 2 has this thread's keys in bits n % 2 * 16 + c / 2 * 2 once it is shifted.
+        u32 kept[4][2];
+        if (OF) {
+            const u32 *words = survivors + words_of_tile((long long)b * heads + h, from / TILE, blockIdx.x, queries, keys);
+#pragma unroll
+            for (int m = 0; m < 4; m++)
+#pragma unroll
+                for (int e = 0; e < 2; e++)
+                    kept[m][e] = words[m * 32 + (lane % 4 * 2 + e) * 4 + lane / 8] >> (warp * 4 + lane / 4 % 2);
+        }
         products();
         by_rows(s, a, key, tile(t, 0));
         by_rows(dp, d, value, tile(t, 1));
@@ -651,13 +621,12 @@ extern "C" __global__ void BLOCK
                     bool open = open_row[c / 2] && !(causal && row + c / 2 * 8 >= i + seen);
                     if (!open) s[n][c] = minus_infinity();
                 }
-        survivors_of_rows(s, kept, keep);
 #pragma unroll
         for (int n = 0; n < 8; n++)
 #pragma unroll
             for (int c = 0; c < 4; c++) {
                 int column = n * 8 + lane % 4 * 2 + c % 2;
-                float factor = OF && !kept[n][c] ? 0.0f : 1.0f;
+                float factor = OF && !(kept[n / 2][c % 2] >> (n % 2 * 16 + c / 2 * 2) & 1) ? 0.0f : 1.0f;
                 if (drop_below) {
                     u32 at = (((u32)b * heads + h) * queries + from + column) * keys + row + c / 2 * 8;
                     factor *= drop(at, drop_key, drop_below, drop_factor);
@@ -673,9 +642,7 @@ extern "C" __global__ void BLOCK
         by_depth(ov, weights, tile(t, 1));
         by_depth(ok, slopes, tile(t, 0));
         finish(ov, ok);
-        __syncthreads();
     }
-    wait<0>();
     for (int r = 0; r < 2; r++) {
         if (row + 8 * r >= keys) continue;
         long long at = at_k + (long long)(row + 8 * r) * k_stride + lane % 4 * 2;

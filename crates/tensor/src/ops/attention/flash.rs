@@ -98,22 +98,36 @@ fn grid(rows: usize, heads: usize, tiles: usize, width: usize) -> Grid {
     Grid { blocks: [rows.div_ceil(TILE) as u32, heads as u32, 1], threads: 128, shared: shared as u32 }
 }
 
-/// The output and, if `keep`, the logarithm (base 2) of each softmax's sum, f32 `[batch, heads, queries]`.
+/// What the backward pass needs beside operands and output.
+pub(super) struct Kept {
+    /// Logarithm (base 2) of each softmax's sum, f32 `[batch, heads, queries]`.
+    log_sums: Tensor,
+    /// A bit for each weight that the pattern keeps, as `flash.cu` says.
+    survivors: Option<Tensor>,
+}
+
+/// The output and, if `keep`, what [`backward`] needs.
 pub(super) fn forward(
     gpu: Gpu,
     of: Operands,
     s: &Attention,
     drop: Option<Drop>,
     keep: bool,
-) -> (Tensor, Option<Tensor>) {
+) -> (Tensor, Option<Kept>) {
     let out = Tensor::stale_of(gpu, DType::Bf16, &[s.batch * s.queries, s.heads * of.width]);
     let shape = [s.batch, s.heads, s.queries];
-    let log_sums = keep.then(|| Tensor::stale_on(Device::Cuda(gpu), &shape));
+    let words = [s.batch * s.heads, s.queries.div_ceil(TILE), s.keys.div_ceil(TILE), 128];
+    let kept = keep.then(|| Kept {
+        log_sums: Tensor::stale_on(Device::Cuda(gpu), &shape),
+        survivors: s.pattern.map(|_| Tensor::stale_of(gpu, DType::I32, &words)),
+    });
+    let at = |t: Option<&Tensor>| t.map_or(Arg::Pointer(0), |t| t.memory().into());
     let mask = s.key_mask.as_ref().map(|m| m.on(gpu));
     let (variant, options) = options(s, &of, drop);
     let mut arguments = vec![
         out.memory().into(),
-        log_sums.as_ref().map_or(Arg::Pointer(0), |t| t.memory().into()),
+        at(kept.as_ref().map(|k| &k.log_sums)),
+        at(kept.as_ref().and_then(|k| k.survivors.as_ref())),
         of.q,
         of.k,
         of.v,
@@ -121,7 +135,7 @@ pub(super) fn forward(
     ];
     arguments.extend(options);
     gpu.launch(variant, "forward", grid(s.queries, s.batch * s.heads, 5, of.width), &arguments);
-    (out, log_sums)
+    (out, kept)
 }
 
 /// Writes the gradients of queries, keys and values to the second of `operands`, which lie as the first do. The scores
@@ -130,7 +144,7 @@ pub(super) fn backward(
     gpu: Gpu,
     grad: &Tensor,
     [of, gradients]: [Operands; 2],
-    log_sums: &Tensor,
+    Kept { log_sums, survivors }: &Kept,
     out: &Tensor,
     s: &Attention,
     drop: Option<Drop>,
@@ -157,6 +171,7 @@ pub(super) fn backward(
         grad.memory().into(),
         log_sums.memory().into(),
         along.memory().into(),
+        survivors.as_ref().map_or(Arg::Pointer(0), |t| t.memory().into()),
         of.q,
         of.k,
         of.v,

@@ -47,13 +47,8 @@ pub struct Attention {
 enum Saved {
     /// The full softmax, f32 `[batch, heads, queries, keys]`.
     Softmax(Tensor),
-    /// What it can be computed again from.
-    LogSums {
-        /// Logarithm (base 2) of each softmax's sum, f32 `[batch, heads, queries]`.
-        log_sums: Tensor,
-        /// The output.
-        out: Tensor,
-    },
+    /// What it can be computed again from, and the output.
+    Flash(flash::Kept, Tensor),
 }
 
 /// `q` `[batch * queries, heads * d]`, `k` and `v` `[batch * keys, kv_heads * d]`: `[batch * queries, heads * d]`.
@@ -69,7 +64,7 @@ pub fn attention(tape: &Tape, q: &Var, k: &Var, v: &Var, spec: &Attention) -> Va
         let (dq, dk, dv) = match grad.device() {
             Device::Cpu => match &saved {
                 Saved::Softmax(softmax) => cpu::backward(grad, q, k, v, softmax, &spec, drop),
-                Saved::LogSums { .. } => unreachable!("kept by a GPU alone"),
+                Saved::Flash(..) => unreachable!("kept by a GPU alone"),
             },
             Device::Cuda(gpu) => cuda::backward(gpu, grad, q, k, v, &saved, &spec, drop),
         };
@@ -97,13 +92,13 @@ pub fn attention_joint(tape: &Tape, qkv: &Var, spec: &Attention) -> Var {
     let Device::Cuda(gpu) = qkv.value().device() else { unreachable!("no CPU takes it") };
     let weights = spec.batch * spec.heads * spec.queries * spec.keys;
     let drop = Drop::next(tape, spec.dropout, weights);
-    let (out, log_sums) =
+    let (out, kept) =
         flash::forward(gpu, flash::Operands::joint(qkv.value(), spec), spec, drop, tape.tracks(&[qkv]));
     let (qkv2, out2, spec) = (qkv.clone(), out.clone(), spec.clone());
     tape.push(out, &[qkv], move |grad, grads| {
         let grads_of = Tensor::stale_of(gpu, grad.dtype(), qkv2.shape());
         let of = [qkv2.value(), &grads_of].map(|t| flash::Operands::joint(t, &spec));
-        flash::backward(gpu, grad, of, &log_sums.expect("kept when tracked"), &out2, &spec, drop);
+        flash::backward(gpu, grad, of, &kept.expect("kept when tracked"), &out2, &spec, drop);
         grads.add(&qkv2, grads_of);
     })
 }
