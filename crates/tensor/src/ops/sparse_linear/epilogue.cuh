@@ -126,10 +126,12 @@ __device__ inline u32 code_pair(int a, int b, const Feature *f) {
         u32 t = tanh2(h);
         float low, high;
         asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }" : "=f"(low), "=f"(high) : "r"(t));
-        if (ACT == TANH) return codes(fmaxf(low * f[0].gain, -QMAX), fmaxf(high * f[1].gain, -QMAX));
-        // Never far below 0.
-        float p = x[0] * f[0].gain, q = x[1] * f[1].gain;
-        return codes(fmaf(p, low, p), fmaf(q, high, q));
+        if (ACT == TANH) low *= f[0].gain, high *= f[1].gain;
+        else {
+            float p = x[0] * f[0].gain, q = x[1] * f[1].gain;
+            low = fmaf(p, low, p), high = fmaf(q, high, q);
+        }
+        return codes(fmaxf(low, -QMAX), fmaxf(high, -QMAX));
     }
     return codes(fmaxf(quotient(value(a, f[0]), f[0].step, f[0].step_inverse), -QMAX),
                  fmaxf(quotient(value(b, f[1]), f[1].step, f[1].step_inverse), -QMAX));

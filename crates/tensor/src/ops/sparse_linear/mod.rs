@@ -5,8 +5,7 @@
 //! `y = code(y, output_step[o]) * output_step[o]`; and y is stored as it is, or as the codes of `activation(y)` that
 //! the next map multiplies. `code` is that of [`super::lsq`] for steps between 1e-30 and 1e30: true division, half to
 //! even, -127..=127. Activations other than ReLU are computed in f16 with the hardware's tanh, after an output pair whose
-//! scale and step are one factor: their codes are within one of the exact ones, and about one in a hundred differs. (Of
-//! GELU and SiLU the code -128 is possible, where a step is so small that the function's minimum leaves the codes.)
+//! scale and step are one factor: their codes are within one of the exact ones, and about one in a hundred differs.
 //!
 //! Several kernels compute it, and which is fastest depends on GPU and shape: [`kernels`] lists those that can, for
 //! the caller to time. All give the same accumulators.
@@ -358,6 +357,28 @@ mod tests {
     }
 
     /// Each way to store against the definition, with and without what is optional.
+    /// -128 is no code, however small a step is beside the minimum of the function.
+    #[test]
+    fn codes_of_activations_stay_on_the_grid() {
+        let (tokens, rows, cols) = (100, 150, 200);
+        let weight = sparse(rows, cols, 9);
+        let x = Tensor::from_i8(codes(tokens, cols, 4), &[tokens, cols]);
+        for gpu in gpus() {
+            let device = Device::Cuda(gpu);
+            let w = Weight::sparse(gpu, &weight.values, &weight.meta);
+            for function in [Activation::Gelu, Activation::GeluTanh, Activation::Silu, Activation::Tanh] {
+                let step = floats(rows, 4, 1e-4, 2e-4).to(device);
+                let store = Store::Codes { activation: Some(function), step };
+                let scale = floats(rows, 1, 1e-6, 2e-5).to(device);
+                let e = Epilogue { scale, bias: None, output_step: None, store };
+                run(gpu, &x, &w, &e, &all(&w, tokens)[..1], |kernel, out| {
+                    let least = out.i8().iter().min();
+                    assert_eq!(least, Some(&-127), "{kernel}, {function:?}");
+                });
+            }
+        }
+    }
+
     #[test]
     fn epilogues_are_the_definition() {
         for (tokens, rows, cols) in [(200, 768, 768), (77, 150, 200)] {
