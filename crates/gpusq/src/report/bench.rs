@@ -140,7 +140,7 @@ impl Bench {
 
     /// The page: one HTML document (also well-formed XML) that needs nothing beside itself.
     pub fn page(&self) -> String {
-        const CLASSES: [&str; 6] = ["series0", "series1", "series2", "hard", "soft", "feature"];
+        const CLASSES: [&str; 4] = ["series0", "series1", "series2", "series3"];
         document(&format!("Times of {}", self.model), |out| {
             out.push_str("<ul>");
             for s in &self.series {

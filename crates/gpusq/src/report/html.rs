@@ -398,7 +398,7 @@ pub(super) fn run(out: &mut String, r: &RunRecord) {
         ("Duration", if r.wall_seconds > 0.0 { duration(r.wall_seconds) } else { String::new() }),
         ("CPU", r.machine.cpu.clone()),
         ("Threads", threads),
-        ("Trained on", r.machine.device.clone()),
+        ("Device", r.machine.device.clone()),
         ("System", r.machine.os.clone()),
         ("Version", r.version.clone()),
     ];
