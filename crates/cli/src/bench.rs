@@ -57,7 +57,9 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
     match as_json {
         true => out(json!({ "event": "bench", "bench": record })),
         false => {
-            out(format_args!("\n{} on {}, {}\n{}", record.model, device, record.versions, record.table()))
+            let versions =
+                if record.versions.is_empty() { String::new() } else { format!(", {}", record.versions) };
+            out(format_args!("\n{} on {device}{versions}\n{}", record.model, record.table()))
         }
     }
     if let Some(dir) = m.get_one::<PathBuf>("out") {
