@@ -224,9 +224,14 @@ impl Tape {
             let y = f(&again, &x);
             let mut nodes = again.nodes.into_inner();
             grads.slots.resize(outer + nodes.len(), None);
-            grads.add(&y, grad);
+            // Column sums that came with the gradient are used as without a checkpoint, or the bits would differ.
+            match grads.known_sums() {
+                Some(sums) => grads.add_with_sums(&y, grad, sums),
+                None => grads.add(&y, grad),
+            }
             grads.run(&mut nodes, outer);
             grads.slots.truncate(outer);
+            grads.sums.retain(|node, _| *node < outer);
         };
         Var { value, node: Some(self.slot(Some(Box::new(backward)))) }
     }

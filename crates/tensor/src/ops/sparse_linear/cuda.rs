@@ -5,7 +5,7 @@ use std::fmt;
 use super::pack::{COLS, block_bytes};
 use super::{Epilogue, Shape, Store, Weight};
 use crate::cuda::{Arg, Gpu, Grid, Source, TensorMap, Variant, fnv};
-use crate::ops::activation::Activation;
+use crate::ops::activation;
 use crate::{DType, Tensor};
 
 static MMA: Source = Source {
@@ -250,14 +250,6 @@ fn options(
         Store::Half => (1, None),
         Store::Codes { activation, .. } => (2, *activation),
     };
-    let act = match act {
-        None => 0,
-        Some(Activation::Gelu) => 1,
-        Some(Activation::GeluTanh) => 2,
-        Some(Activation::Relu) => 3,
-        Some(Activation::Silu) => 4,
-        Some(Activation::Tanh) => 5,
-    };
     vec![
         ("SPARSE", sparse.into()),
         ("BN", tokens),
@@ -265,7 +257,7 @@ fn options(
         ("SPLIT", split),
         ("RESIDENT", resident.into()),
         ("STORE", store),
-        ("ACT", act),
+        ("ACT", activation::number(act)),
         ("BIAS", e.bias.is_some().into()),
         ("PAIR", e.output_step.is_some().into()),
     ]
@@ -371,8 +363,8 @@ pub(crate) fn variants() -> (Vec<Variant>, Vec<Variant>) {
         epilogue(Store::Accumulators, false),
         epilogue(Store::Half, true),
         epilogue(codes(None), true),
-        epilogue(codes(Some(Activation::Gelu)), true),
-        epilogue(codes(Some(Activation::Silu)), false),
+        epilogue(codes(Some(activation::Activation::Gelu)), true),
+        epilogue(codes(Some(activation::Activation::Silu)), false),
     ];
     let with = |kernel: Form, sparse: bool, e: &Epilogue| variant(Kernel(kernel), sparse, 227 << 10, e).0;
     let (mut any, mut hopper) = (Vec::new(), Vec::new());

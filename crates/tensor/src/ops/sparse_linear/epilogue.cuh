@@ -8,6 +8,7 @@
 constexpr float GELU_A = 0.7975061f, GELU_B = 0.03700711f, GELU_C = -0.00035175096f;
 
 enum { ACCUMULATORS, HALF, CODES };
+// As `activation::number` counts them.
 enum { NONE, GELU, GELU_TANH, RELU, SILU, TANH };
 
 struct Epilogue {
