@@ -1,6 +1,7 @@
 //! The engine against the fake-quantised forward, bit for bit: INT8 codes, 32-bit sums and logits.
 
 use std::path::Path;
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 use gpusq::arch::{self, Config};
 use gpusq::config::Method;
@@ -509,6 +510,13 @@ fn minilm_answers_alike() {
     }
 }
 
+/// Who uses a GPU reads; who counts the memory that this process holds there writes.
+static MEMORY: RwLock<()> = RwLock::new(());
+
+fn uses_memory() -> RwLockReadGuard<'static, ()> {
+    MEMORY.read().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// The GPUs to test on. `GPUSQ_NEED_GPU=1` makes their absence a failure.
 fn gpus() -> Vec<Device> {
     let gpus: Vec<Device> = Device::all().into_iter().filter(|d| *d != Device::Cpu).collect();
@@ -618,6 +626,7 @@ fn unplanned(model: &Model, device: Device) -> Engine {
 
 #[test]
 fn a_gpu_gives_the_answers_of_the_cpu() {
+    let _shared = uses_memory();
     for gpu in gpus() {
         let mut seed = 900;
         for config in [BERT, DISTILBERT, ROBERTA, WIDE_BERT] {
@@ -653,6 +662,7 @@ fn a_gpu_gives_the_answers_of_the_cpu() {
 
 #[test]
 fn f16_weights_give_the_answers_of_the_cpu_on_a_gpu() {
+    let _shared = uses_memory();
     for gpu in gpus() {
         for (seed, config) in [BERT, WIDE_BERT].into_iter().enumerate() {
             for head in HEADS {
@@ -680,6 +690,7 @@ fn f16_weights_give_the_answers_of_the_cpu_on_a_gpu() {
 
 #[test]
 fn a_gpu_serves_many_threads_and_its_memory_stays_as_it_is() {
+    let _alone = MEMORY.write().unwrap_or_else(PoisonError::into_inner);
     // For a long run: GPUSQ_REQUESTS=100000.
     let requests: usize = std::env::var("GPUSQ_REQUESTS").map_or(1200, |n| n.parse().unwrap());
     for gpu in gpus() {
@@ -709,6 +720,7 @@ fn a_gpu_serves_many_threads_and_its_memory_stays_as_it_is() {
 
 #[test]
 fn a_gpu_runs_what_it_measured_to_be_fastest() {
+    let _shared = uses_memory();
     for gpu in gpus() {
         let model = packed_int8(WIDE_BERT, Some(HeadKind::Classes(3)), None, true, 8);
         let inputs = inputs(9, 60, model.spec.vocab, 2, true, 3);
@@ -737,6 +749,7 @@ fn a_gpu_runs_what_it_measured_to_be_fastest() {
 
 #[test]
 fn large_batches_take_several_passes_on_a_gpu() {
+    let _shared = uses_memory();
     for gpu in gpus() {
         let model = packed_int8(BERT, Some(HeadKind::Classes(3)), None, true, 6);
         let engines = [Device::Cpu, gpu].map(|d| unplanned(&model, d));
@@ -748,6 +761,7 @@ fn large_batches_take_several_passes_on_a_gpu() {
 
 #[test]
 fn what_a_gpu_does_not_run_is_refused_with_what_does() {
+    let _shared = uses_memory();
     for gpu in gpus() {
         let mut pruned = dense(ODD_BERT, HEADS[0], 2);
         prune(&mut pruned);
