@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 use gpusq::arch::labels;
 use gpusq::bench::SIZES;
@@ -16,6 +17,8 @@ use gpusq::task::{Dataset, HeadKind, Split, TASKS, Task, Tokenizer};
 use gpusq::tensor::Device;
 use gpusq::tensor::cuda::CudaError;
 use gpusq::{Error, Result};
+
+use crate::ranks::{COMMANDS, LAUNCHED};
 
 /// The whole command line.
 pub(crate) fn command() -> Command {
@@ -100,7 +103,7 @@ pub(crate) fn command() -> Command {
         .subcommand(
             Command::new("launch")
                 .about("Train on several GPUs of this host: a training command as one process for each")
-                .arg(Arg::new("gpus").long("gpus").value_name("N").required(true).value_parser(value_parser!(u16).range(1..=64)).help("GPUs to use, numbers 0 to N-1 (with --device cpu: processes)"))
+                .arg(Arg::new("gpus").long("gpus").value_name("N").required(true).value_parser(value_parser!(u16).range(1..=64)).help("GPUs to use, numbers 0 to N-1 (with --device cpu in COMMAND: processes)"))
                 .arg(Arg::new("command").value_name("COMMAND").required(true).num_args(1..).trailing_var_arg(true).allow_hyphen_values(true).value_parser(value_parser!(OsString)).help("finetune, prune, quantize or compress, with its arguments"))
                 .after_help(LAUNCH),
         )
@@ -113,6 +116,51 @@ pub(crate) fn command() -> Command {
                 .arg(precision())
                 .arg(json()),
         )
+}
+
+/// What was asked for.
+///
+/// # Errors
+/// What the command line has wrong, also in the command that `gpusq launch` is to start: once, rather than by each of
+/// its processes.
+pub(crate) fn parse(line: &[OsString]) -> std::result::Result<ArgMatches, clap::Error> {
+    let matches = command().try_get_matches_from(line).map_err(|e| advised(e, line.get(1)))?;
+    if let Some(("launch", m)) = matches.subcommand() {
+        let words: Vec<&OsString> = m.get_many("command").expect("required").collect();
+        if COMMANDS.iter().any(|c| words[0] == *c) {
+            let inner = line[..1].iter().chain(words.iter().copied());
+            command().try_get_matches_from(inner).map_err(|e| advised(e, words.first().copied()))?;
+        }
+    }
+    Ok(matches)
+}
+
+/// An error about an unknown flag of a command, with the settings that may be meant: a setting of several tables is
+/// known by none of its short names, and what is like a flag may be without effect on the command.
+fn advised(mut e: clap::Error, command: Option<&OsString>) -> clap::Error {
+    let Some(command) = command.and_then(|c| c.to_str()).filter(|_| e.kind() == ErrorKind::UnknownArgument)
+    else {
+        return e;
+    };
+    let said = |kind| match e.get(kind) {
+        Some(ContextValue::String(flag)) => Some(flag.trim_start_matches('-').replace('-', "_")),
+        _ => None,
+    };
+    let all = config::settings();
+    let like = said(ContextKind::SuggestedArg);
+    if all.iter().any(|s| like.as_deref() == Some(&s.name()) && reads(command, s)) {
+        return e;
+    }
+    let with_key_of = |name: String| {
+        let key = name.rsplit('.').next().unwrap_or_default();
+        let found = all.iter().filter(|s| s.key == key && !s.table.is_empty() && reads(command, s));
+        found.map(|s| format!("--{}", s.name().replace('_', "-"))).collect::<Vec<_>>()
+    };
+    let names = [said(ContextKind::InvalidArg), like.filter(|name| name.contains('.'))];
+    if let Some(meant) = names.into_iter().flatten().map(with_key_of).find(|found| !found.is_empty()) {
+        e.insert(ContextKind::SuggestedArg, ContextValue::Strings(meant));
+    }
+    e
 }
 
 /// What `gpusq bench` times, for its help.
@@ -456,6 +504,12 @@ pub(crate) fn compute(
         (None, _) | (_, "cpu") => device_of(m)?,
         (Some(local), name @ ("auto" | "cuda")) => match Device::named(&format!("cuda:{local}")) {
             Ok((device, _)) => (device, None),
+            // `gpusq launch` is asked for GPUs by number.
+            Err(e) if name == "auto" && std::env::var_os(LAUNCHED).is_some() => {
+                return Err(Error::Config(format!(
+                    "{e}; to train with several processes on the CPU, add --device cpu"
+                )));
+            }
             // Where there are GPUs, one too few of them is a mistake.
             Err(_) if name == "auto" && Device::named("auto").is_ok_and(|(d, _)| d == Device::Cpu) => {
                 device_of(m)?

@@ -19,7 +19,8 @@ use std::process::ExitCode;
 use ranks::{need_one, with_group};
 
 fn main() -> ExitCode {
-    let matches = match args::command().try_get_matches() {
+    let line: Vec<_> = std::env::args_os().collect();
+    let matches = match args::parse(&line) {
         Ok(m) => m,
         Err(e) => {
             let printed = e.print();

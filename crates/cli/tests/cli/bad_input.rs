@@ -413,6 +413,30 @@ fn flags_reach_a_setting_of_the_command_or_are_refused() {
     }
 }
 
+/// What is advised for an unknown flag is never what the command refuses next.
+#[test]
+fn an_unknown_flag_is_answered_with_settings_that_have_an_effect() {
+    for (command, from, flag, advised, not) in [
+        (
+            "compress",
+            &dense(),
+            "--max-steps",
+            &["'--prune.max-steps'", "'--quantize.max-steps'"][..],
+            "--train",
+        ),
+        ("compress", &dense(), "--train.epoch", &["'--prune.epochs'", "'--quantize.epochs'"], "--train"),
+        ("compress", &dense(), "--prune.epoch", &["'--prune.epochs'"], "--train"),
+        ("finetune", &model(), "--epoch", &["'--epochs'"], "--prune"),
+    ] {
+        let mut i = Inputs::of(command, from);
+        i.args.extend([flag, "3"].map(String::from));
+        let done = run(&i.args);
+        done.fails(2, &[&format!("'{flag}'")]);
+        let tip = done.stderr.lines().find(|l| l.contains("similar")).unwrap_or(&done.stderr);
+        assert!(advised.iter().all(|a| tip.contains(a)) && !tip.contains(not), "{tip}");
+    }
+}
+
 #[test]
 fn settings_that_exclude_each_other_are_refused_before_anything_is_written() {
     for command in ["compress", "prune"] {

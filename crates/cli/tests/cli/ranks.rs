@@ -212,6 +212,20 @@ fn an_error_of_any_process_is_told_once() {
         launched(2, &with(train("finetune", &model(), &out), more))
     };
     run(&args(&["--epochs", "0"])).fails(2, &["train.epochs"]);
+    // What does not parse is told as of one process, with its usage behind it.
+    let done = run(&args(&["--nosuch", "3"]));
+    done.fails(2, &["--nosuch"]);
+    assert!(done.stderr.starts_with("error: ") && !done.stderr.contains("rank"), "{}", done.stderr);
+    let words = ["launch", "--gpus", "2", "finetune", "--help"].map(String::from);
+    let help = finish(&mut program(&words));
+    assert!(help.code == Some(0) && help.stdout.matches("Usage: gpusq finetune").count() == 1);
+    // GPUs were asked for, and no process takes the CPU for one.
+    let mut words = args(&[]);
+    let flag = words.iter().position(|w| w == "--device").unwrap();
+    words.drain(flag..flag + 2);
+    let none = finish(program(&words).env("CUDA_VISIBLE_DEVICES", "-1"));
+    none.fails(2, &["add --device cpu"]);
+    assert!(!dir.path().join("out").exists());
     std::fs::create_dir(dir.path().join("out")).unwrap();
     std::fs::write(dir.path().join("out/letter"), "dear").unwrap();
     run(&args(&[])).fails(1, &["rank 0 of 2 failed", "not empty"]);
