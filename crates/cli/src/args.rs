@@ -10,7 +10,7 @@ use gpusq::bench::SIZES;
 use gpusq::config::{self, Config, Precision, SettingInfo};
 use gpusq::forward::Compute;
 use gpusq::hub;
-use gpusq::model::Model;
+use gpusq::model::{Model, Stage};
 use gpusq::reproduce::{EXPERIMENTS, Experiment};
 use gpusq::spec::Head;
 use gpusq::task::{Dataset, HeadKind, Split, TASKS, Task, Tokenizer};
@@ -181,7 +181,8 @@ A line is plain text, or a JSON object: {\"text\": ...}, {\"text\": ..., \"text_
 answers questions {\"question\": ..., \"context\": ...}; an \"id\" comes back with the answer. Each line that is not
 empty gives one JSON line, in their order: \"label\" with \"probabilities\", \"value\" of a regression, \"answer\" with
 \"start\" and \"end\" in characters of the context, or, of a model without a head, the \"embedding\": the mean of the
-hidden states, of length 1. Lines are read ahead and batched by length.";
+hidden states, of length 1. Lines are read ahead and batched by length; those that have come are answered when
+no more come at once. A line that cannot be read ends the run, after the answers to those before it.";
 
 /// How else processes are started, for the help of `gpusq launch`.
 const LAUNCH: &str = "\
@@ -541,6 +542,18 @@ pub(crate) fn load_model(dir: &Path) -> Result<(Model, Tokenizer)> {
     let model = Model::load(dir)?;
     let tokenizer = Tokenizer::load(dir)?;
     Ok((model, tokenizer))
+}
+
+/// Refuses a model that the engine does not run, and says where there is one that it does.
+pub(crate) fn need_packed(model: &Model, dir: &Path, command: &str) -> Result<()> {
+    let remedy = match model.stage {
+        Stage::PackedF16 | Stage::PackedInt8 => return Ok(()),
+        Stage::Dense => "run `gpusq compress` on it and give the folder packed in its output",
+        Stage::Pruned => "run `gpusq quantize` on it and give the folder packed in its output",
+        Stage::Quantized => "give the folder packed that the same command wrote, in this one or beside it",
+    };
+    let (dir, stage) = (dir.display(), model.stage.title());
+    Err(Error::Mismatch(format!("{dir} is {stage}, and `gpusq {command}` needs a packed model; {remedy}")))
 }
 
 /// Refuses a model whose head was never trained, or for something else than `task`: tasks with as many classes

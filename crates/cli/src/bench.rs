@@ -1,11 +1,12 @@
 //! `gpusq bench`: how fast a model runs over a grid of batch sizes and lengths.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::ArgMatches;
 use gpusq::bench::{Grid, bench, size};
 use gpusq::model::Model;
-use gpusq::report::{Bench, Machine, write_bench};
+use gpusq::outdir::check_writable;
+use gpusq::report::{BENCH_FILE, Bench, Machine, PAGE_FILE, write_bench};
 use gpusq::tensor::{Device, cuda};
 use gpusq::{Error, Result};
 use serde_json::json;
@@ -14,22 +15,29 @@ use crate::args;
 use crate::progress::out;
 
 pub(crate) fn run(m: &ArgMatches) -> Result<()> {
-    let (device, why) = args::device_of(m)?;
-    if let Some(why) = why {
-        return Err(Error::Config(format!("{why}; --device cpu times the engine on this CPU")));
-    }
     let grid = Grid {
         batches: args::numbers(m, "batch")?,
         lengths: args::numbers(m, "length")?,
         repeats: usize::from(*m.get_one::<u16>("repeats").expect("has a default")),
     };
-    let (name, model) = match (m.get_one::<String>("spec"), m.get_one::<String>("model")) {
-        (Some(name), _) => (name.clone(), size(name)?.model(1)),
-        (None, Some(_)) => {
+    let spec = m.get_one::<String>("spec").map(|name| size(name)).transpose()?;
+    let (device, why) = args::device_of(m)?;
+    if let Some(why) = why {
+        return Err(Error::Config(format!("{why}; to time the engine on this CPU, add --device cpu")));
+    }
+    let to = m.get_one::<PathBuf>("out");
+    if let Some(dir) = to {
+        check_out(dir)?;
+    }
+    let (name, model) = match spec {
+        Some(size) => (size.name.to_string(), size.model(1)),
+        // The command line has one of them.
+        None => {
             let dir = args::model_dir(m)?;
-            (dir.display().to_string(), Model::load(&dir)?)
+            let model = Model::load(&dir)?;
+            args::need_packed(&model, &dir, "bench")?;
+            (dir.display().to_string(), model)
         }
-        (None, None) => unreachable!("clap requires one of them"),
     };
     let limit = model.spec.max_length();
     if let Some(n) = grid.lengths.iter().find(|n| **n > limit) {
@@ -62,8 +70,14 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
             out(format_args!("\n{} on {device}{versions}\n{}", record.model, record.table()))
         }
     }
-    if let Some(dir) = m.get_one::<PathBuf>("out") {
-        write_bench(&record, dir)?;
+    to.map_or(Ok(()), |dir| write_bench(&record, dir))
+}
+
+/// Refuses, before anything is timed, a folder that cannot take the results or has another command's report.
+fn check_out(dir: &Path) -> Result<()> {
+    if dir.join(PAGE_FILE).exists() && !dir.join(BENCH_FILE).exists() {
+        let message = format!("has a {PAGE_FILE} that is not of a bench; choose another --out");
+        return Err(Error::file(dir, message));
     }
-    Ok(())
+    check_writable(dir)
 }

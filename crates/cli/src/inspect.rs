@@ -1,5 +1,7 @@
 //! `gpusq inspect`: what a checkpoint is, what would be compressed, sizes, integrity.
 
+use std::path::Path;
+
 use clap::ArgMatches;
 use gpusq::engine::Engine;
 use gpusq::format::packed::sizes;
@@ -20,7 +22,7 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
     // Loading checks every tensor's presence, shape, range and 2:4 pattern.
     let model = Model::load(&dir)?;
     if m.get_flag("plan") {
-        return plan(m, &model);
+        return plan(m, &model, &dir);
     }
     let spec = &model.spec;
     let s = spec.last_stack();
@@ -127,11 +129,14 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
 }
 
 /// Which kernels run the model on this GPU, and what others would take.
-fn plan(m: &ArgMatches, model: &Model) -> Result<()> {
+fn plan(m: &ArgMatches, model: &Model, dir: &Path) -> Result<()> {
+    args::need_packed(model, dir, "inspect --plan")?;
     let (device, why) = args::device_of(m)?;
     if device == Device::Cpu {
-        let why = why.map_or("--plan is about GPUs".into(), |why| why);
-        return Err(Error::Config(format!("{why}; a CPU chooses its kernel without measuring")));
+        let why = why.map_or(String::new(), |why| format!(", and {why}"));
+        return Err(Error::Config(format!(
+            "--plan is about GPUs (a CPU chooses its kernel without measuring){why}"
+        )));
     }
     let engine = Engine::load(model, device)?;
     let limit = model.spec.max_length();

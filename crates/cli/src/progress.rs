@@ -2,6 +2,7 @@
 
 use std::io::{self, ErrorKind, IsTerminal, Write};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use gpusq::compress::Event;
@@ -182,6 +183,9 @@ impl Progress {
 /// What standard output failed with first.
 static LOST: OnceLock<io::Error> = OnceLock::new();
 
+/// Whether whoever read standard output has gone away.
+static GONE: AtomicBool = AtomicBool::new(false);
+
 /// A line on standard output. A run of hours goes on when nothing takes its output any more.
 pub(crate) fn out(line: impl std::fmt::Display) {
     printed(writeln!(io::stdout(), "{line}"));
@@ -189,12 +193,17 @@ pub(crate) fn out(line: impl std::fmt::Display) {
 
 /// Keeps what printing failed with, unless whoever read has gone away and so has what they wanted.
 pub(crate) fn printed(result: io::Result<()>) {
-    if let Err(e) = result
-        && e.kind() != ErrorKind::BrokenPipe
-    {
+    match result {
+        Ok(()) => {}
+        Err(e) if e.kind() == ErrorKind::BrokenPipe => GONE.store(true, Ordering::Relaxed),
         // A later failure says no more than the first.
-        let _ = LOST.set(e);
+        Err(e) => drop(LOST.set(e)),
     }
+}
+
+/// Whether what is printed from now on reaches nobody, for commands that do nothing but print.
+pub(crate) fn unread() -> bool {
+    GONE.load(Ordering::Relaxed) || lost().is_some()
 }
 
 /// Why something that was printed is lost, if anything is.

@@ -1,11 +1,14 @@
 //! `gpusq run`: texts in, what a packed model says about them out, a line each.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, stdin};
+use std::io::{self, BufRead, BufReader, Read, stdin};
 use std::path::Path;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::thread;
+use std::time::Duration;
 
 use clap::ArgMatches;
-use gpusq::infer::{Answer, Predictor};
+use gpusq::infer::{Answer, Predictor, Prepared};
 use gpusq::model::Model;
 use gpusq::task::{HeadKind, Tokenizer};
 use gpusq::tensor::Device;
@@ -13,25 +16,36 @@ use gpusq::{Error, Result};
 use serde_json::{Map, Value, json};
 
 use crate::args;
-use crate::progress::out;
+use crate::progress::{out, unread};
 
 /// Batches that are read before the first of them runs, so that lines of one length find each other.
 const AHEAD: usize = 16;
 
+/// How long the next line is waited for before those that have come are answered: whoever types, or asks again only
+/// after an answer, gets it, and a program that writes without a pause still fills its batches.
+const PAUSE: Duration = Duration::from_millis(10);
+
 pub(crate) fn run(m: &ArgMatches) -> Result<()> {
     let (device, _) = args::device_of(m)?;
     let name = m.get_one::<String>("input").expect("has a default");
-    let (path, mut lines): (&Path, Box<dyn BufRead>) = match name.as_str() {
-        "-" => (Path::new("standard input"), Box::new(stdin().lock())),
+    let (path, source): (&Path, Box<dyn Read + Send>) = match name.as_str() {
+        "-" => (Path::new("standard input"), Box::new(stdin())),
         name => {
             let path = Path::new(name);
-            let file = File::open(path).map_err(Error::io(path))?;
-            (path, Box::new(BufReader::new(file)))
+            (path, Box::new(File::open(path).map_err(Error::io(path))?))
         }
     };
     let dir = args::model_dir(m)?;
     let model = Model::load(&dir)?;
+    args::need_packed(&model, &dir, "run")?;
     let max_length = m.get_one::<usize>("max-length").copied();
+    let limit = model.spec.max_length();
+    if let Some(asked) = max_length.filter(|n| *n > limit) {
+        return Err(Error::Mismatch(format!(
+            "--max-length {asked}: {} takes {limit} tokens; use at most {limit}",
+            dir.display()
+        )));
+    }
     let predictor = |device| Predictor::new(&model, Tokenizer::load(&dir)?, device, max_length);
     let predictor = match predictor(device) {
         // What `auto` found may not run every model.
@@ -42,39 +56,125 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
         other => other?,
     };
     let batch = usize::from(*m.get_one::<u16>("batch-size").expect("has a default"));
-    let mut number = 0;
-    loop {
-        let mut asked = Vec::new();
-        while asked.len() < batch * AHEAD {
-            let mut line = Vec::new();
-            if lines.read_until(b'\n', &mut line).map_err(Error::io(path))? == 0 {
-                break;
+    let mut lines = Lines { from: read(source, batch * AHEAD), path, number: 0 };
+    let mut end = None;
+    while end.is_none() {
+        let (mut requests, mut prepared) = (Vec::new(), Vec::new());
+        while prepared.len() < batch * AHEAD {
+            let line = match lines.next(prepared.is_empty()) {
+                Next::Line(line) => line,
+                Next::Later => break,
+                Next::End(how) => {
+                    end = Some(how);
+                    break;
+                }
+            };
+            match line.asks(&predictor) {
+                Ok(None) => {}
+                Ok(Some((request, input))) => {
+                    requests.push((line.number, request));
+                    prepared.push(input);
+                }
+                // A length that leaves no room is no line's fault.
+                Err(Error::Config(message)) => {
+                    let flag = max_length.map_or(String::new(), |n| format!("--max-length {n}: "));
+                    return Err(Error::Config(flag + &message));
+                }
+                // The lines before it are answered first.
+                Err(e) => {
+                    end = Some(Err(e));
+                    break;
+                }
             }
-            number += 1;
-            let here = |message: String| Error::line(path, number, message);
-            let line = String::from_utf8(line).map_err(|_| here("is not UTF-8; convert the file".into()))?;
-            let line = line.trim_start_matches('\u{feff}').trim();
-            if line.is_empty() {
-                continue;
-            }
-            let request = Request::parse(line, predictor.head()).map_err(here)?;
-            let prepared = predictor
-                .prepare(&request.text, request.pair.as_deref())
-                .map_err(|e| Error::line(path, number, e.to_string()))?;
-            asked.push((number, request, prepared));
-        }
-        if asked.is_empty() {
-            return Ok(());
-        }
-        let mut requests = Vec::with_capacity(asked.len());
-        let mut prepared = Vec::with_capacity(asked.len());
-        for (number, request, p) in asked {
-            requests.push((number, request));
-            prepared.push(p);
         }
         for ((number, request), answer) in requests.iter().zip(predictor.answers(&prepared, batch)?) {
             out(Value::Object(shown(&predictor, *number, request, answer)));
         }
+        if unread() {
+            return Ok(());
+        }
+    }
+    end.unwrap_or(Ok(()))
+}
+
+/// Reads lines as they come, at most `ahead` of them before they are asked for.
+fn read(from: impl Read + Send + 'static, ahead: usize) -> Receiver<io::Result<Vec<u8>>> {
+    let (to, lines) = sync_channel(ahead);
+    thread::spawn(move || {
+        let mut from = BufReader::new(from);
+        loop {
+            let mut line = Vec::new();
+            let read = match from.read_until(b'\n', &mut line) {
+                Ok(0) => return,
+                Ok(_) => Ok(line),
+                Err(e) => Err(e),
+            };
+            let failed = read.is_err();
+            if to.send(read).is_err() || failed {
+                return;
+            }
+        }
+    });
+    lines
+}
+
+/// The lines that are still to be answered.
+struct Lines<'a> {
+    from: Receiver<io::Result<Vec<u8>>>,
+    path: &'a Path,
+    /// Of the last one, from 1.
+    number: usize,
+}
+
+/// One line as it came.
+struct Line<'a> {
+    bytes: Vec<u8>,
+    path: &'a Path,
+    number: usize,
+}
+
+enum Next<'a> {
+    Line(Line<'a>),
+    /// None has come yet.
+    Later,
+    End(Result<()>),
+}
+
+impl<'a> Lines<'a> {
+    /// The next line, which is waited for however long it takes if `patient`.
+    fn next(&mut self, patient: bool) -> Next<'a> {
+        let next = match patient {
+            true => self.from.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            false => self.from.recv_timeout(PAUSE),
+        };
+        match next {
+            Ok(Ok(bytes)) => {
+                self.number += 1;
+                Next::Line(Line { bytes, path: self.path, number: self.number })
+            }
+            Ok(Err(e)) => Next::End(Err(Error::io(self.path)(e))),
+            Err(RecvTimeoutError::Timeout) => Next::Later,
+            Err(RecvTimeoutError::Disconnected) => Next::End(Ok(())),
+        }
+    }
+}
+
+impl Line<'_> {
+    /// What it asks, if it is not empty.
+    fn asks(&self, predictor: &Predictor) -> Result<Option<(Request, Prepared)>> {
+        let here = |message: String| Error::line(self.path, self.number, message);
+        let line =
+            std::str::from_utf8(&self.bytes).map_err(|_| here("is not UTF-8; convert the file".into()))?;
+        let line = line.trim_start_matches('\u{feff}').trim();
+        if line.is_empty() {
+            return Ok(None);
+        }
+        let request = Request::parse(line, predictor.head()).map_err(here)?;
+        let prepared = predictor.prepare(&request.text, request.pair.as_deref()).map_err(|e| match e {
+            e @ Error::Config(_) => e,
+            e => here(e.to_string()),
+        })?;
+        Ok(Some((request, prepared)))
     }
 }
 

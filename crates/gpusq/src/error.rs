@@ -71,6 +71,7 @@ fn hint(source: &std::io::Error) -> &'static str {
         std::io::ErrorKind::NotFound => "; check the path",
         std::io::ErrorKind::IsADirectory => "; this is a folder, give a file",
         std::io::ErrorKind::NotADirectory => "; a part of the path is a file, check the path",
+        std::io::ErrorKind::ReadOnlyFilesystem => "; nothing can be written there, choose another --out",
         std::io::ErrorKind::PermissionDenied => "; you may not read or write it, change its permissions",
         _ => "",
     }
@@ -111,5 +112,19 @@ mod tests {
         let error = Error::line("a\nb.tsv", 3, "label `\r\u{1b}[2J\u{e9}` is unknown");
         assert_eq!(error.to_string(), "a\\nb.tsv:3: label `\\r\\u{1b}[2J\u{e9}` is unknown");
         assert_eq!(Error::Config("x\ty".into()).to_string(), "x\\ty");
+    }
+
+    #[test]
+    fn what_can_be_done_about_a_refusal_of_the_system_is_said() {
+        use std::io::ErrorKind::{NotFound, PermissionDenied, ReadOnlyFilesystem, StorageFull};
+        for (kind, advice) in [
+            (NotFound, "check the path"),
+            (PermissionDenied, "change its permissions"),
+            (ReadOnlyFilesystem, "choose another --out"),
+            (StorageFull, "free some space"),
+        ] {
+            let error = Error::io("out/state")(kind.into()).to_string();
+            assert!(error.starts_with("out/state: ") && error.contains(advice), "{error}");
+        }
     }
 }

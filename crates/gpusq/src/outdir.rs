@@ -69,6 +69,20 @@ pub fn check(out: &Path, resume: bool) -> Result<()> {
     Err(Error::file(out, format!("holds no run to resume (there is no {CONFIG_FILE}); choose another --out")))
 }
 
+/// Checks that files can be written into `dir`, which need not exist yet. Leaves nothing there, so that it can come
+/// before the work whose results are to go there.
+///
+/// # Errors
+/// [`Error::File`] where a file is in the way, [`Error::Io`] where the system refuses.
+pub fn check_writable(dir: &Path) -> Result<()> {
+    let there = dir.ancestors().find(|d| d.exists()).filter(|d| !d.as_os_str().is_empty());
+    let there = there.unwrap_or(Path::new("."));
+    if !there.is_dir() {
+        return Err(Error::file(there, "is not a folder; choose another --out"));
+    }
+    tempfile::tempfile_in(there).map(drop).map_err(Error::io(dir))
+}
+
 /// Makes the output folder `out`, or continues the one there if `resume` is set, and keeps other processes
 /// from writing into it. `identity` and `settings` are lines of text that a run to resume must share.
 ///

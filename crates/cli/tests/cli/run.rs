@@ -1,9 +1,10 @@
 //! `gpusq run`: lines in, JSON lines out.
 
 use std::fs;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::time::{Duration, Instant};
 
 use gpusq::compress::prune_weights;
 use gpusq::config::{Config, Method};
@@ -148,14 +149,80 @@ fn bad_lines_are_named_by_their_number() {
         given(&args(&packed, &[]), text).fails(1, &[part]);
     }
     run(&args(&packed, &["--input", "/no/such/file"])).fails(1, &["/no/such/file", "check the path"]);
-    run(&args(&packed, &["--max-length", "33"])).fails(1, &["33", "takes 32 tokens"]);
+    run(&args(&packed, &["--max-length", "33"])).fails(1, &["--max-length 33: ", "takes 32 tokens"]);
+    given(&args(&packed, &["--max-length", "2"]), b"fine\n").fails(2, &["--max-length 2: ", "at least 3"]);
     // Nothing asked, nothing said.
     let nothing = given(&args(&packed, &[]), b"\n \n");
     assert_eq!((nothing.code, nothing.stdout.as_str()), (Some(0), ""));
     let dense = compressed().join("quantized");
     let before = tree(&dense);
-    given(&args(&dense, &[]), b"fine\n").fails(1, &["the engine runs packed models", "pack it"]);
+    let fine = |folder: &Path| given(&args(folder, &[]), b"fine\n");
+    fine(&dense).fails(1, &[dense.to_str().unwrap(), "needs a packed model", "give the folder packed"]);
+    fine(&compressed().join("pruned")).fails(1, &["is 2:4,", "run `gpusq quantize`"]);
+    fine(&crate::tiny::dense()).fails(1, &["is dense,", "run `gpusq compress`"]);
     assert!(before == tree(&dense));
+}
+
+/// However many lines are read ahead.
+#[test]
+fn lines_before_a_bad_one_are_answered() {
+    let packed = compressed().join("packed");
+    for good in [2, 37] {
+        let text = "fine\n".repeat(good) + "{bad\n" + &"fine\n".repeat(40);
+        let done = given(&args(&packed, &["--batch-size", "1"]), text.as_bytes());
+        done.fails(1, &[&format!("standard input:{}: ", good + 1)]);
+        let lines: Vec<u64> = done.events().iter().filter_map(|e| e["line"].as_u64()).collect();
+        assert_eq!(lines, (1..=good as u64).collect::<Vec<_>>());
+    }
+}
+
+/// A program that writes a line, waits for its answer and writes the next.
+#[test]
+fn a_line_is_answered_though_no_other_comes() {
+    let mut child = program(&args(&compressed().join("packed"), &[]))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let stdout = BufReader::new(child.stdout.take().unwrap());
+    let (to, answers) = std::sync::mpsc::channel();
+    std::thread::spawn(move || stdout.lines().for_each(|line| to.send(line.unwrap()).unwrap()));
+    for number in 1..=3 {
+        writeln!(stdin, "the film was fine").unwrap();
+        let answer =
+            answers.recv_timeout(Duration::from_secs(60)).expect("an answer while the input is open");
+        let answer: Value = serde_json::from_str(&answer).unwrap();
+        assert_eq!(answer["line"], number);
+    }
+    drop(stdin);
+    assert!(child.wait().unwrap().success());
+}
+
+/// Input without an end, of which somebody wanted one answer.
+#[test]
+fn nothing_more_is_answered_when_nobody_reads() {
+    let mut child = program(&args(&compressed().join("packed"), &["--batch-size", "1"]))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    // Ends when the program has ended and reads no more.
+    let writer = std::thread::spawn(move || while stdin.write_all(&b"fine\n".repeat(100)).is_ok() {});
+    let mut first = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut first).unwrap();
+    assert!(first.contains("\"line\":1"), "{first}");
+    let clock = Instant::now();
+    while child.try_wait().unwrap().is_none() {
+        if clock.elapsed() > Duration::from_secs(60) {
+            child.kill().unwrap();
+            panic!("it goes on for nobody");
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert!(child.wait().unwrap().success());
+    writer.join().unwrap();
 }
 
 #[test]
@@ -206,8 +273,24 @@ fn bench_times_what_it_is_told_to() {
     };
     wrong("--length", "33", 1, "takes 32 tokens");
     wrong("--batch", "1,x", 2, "as in 1,8,32");
-    let unknown = ["bench", "--device", "cpu", "--json", "--spec", "bert-huge"].map(String::from);
+    let unknown = ["bench", "--json", "--spec", "bert-huge"].map(String::from);
     run(&unknown).fails(2, &["bert-huge", "bert-base"]);
+    // Before anything is timed: nothing is shown of it.
+    let refused = |model: &Path, out: &Path, parts: &[&str]| {
+        let [model, out] = [model, out].map(|p| p.to_str().unwrap());
+        let words = ["bench", "--device", "cpu", "--model", model, "--repeats", "1", "--out", out, "--json"];
+        let done = run(&words.map(String::from));
+        done.fails(1, parts);
+        assert_eq!(done.events().len(), 1, "{}", done.stdout);
+    };
+    let file = dir.path().join("file");
+    fs::write(&file, "").unwrap();
+    refused(&packed, &file, &[file.to_str().unwrap(), "is not a folder; choose another --out"]);
+    refused(&packed, &file.join("below"), &["is not a folder; choose another --out"]);
+    let before = tree(&compressed());
+    refused(&packed, &compressed(), &["report.html that is not of a bench", "--out"]);
+    refused(&compressed().join("pruned"), &dir.path().join("new"), &["pruned is 2:4", "gpusq bench"]);
+    assert!(before == tree(&compressed()) && !dir.path().join("new").exists());
 }
 
 #[test]

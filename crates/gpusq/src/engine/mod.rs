@@ -68,8 +68,10 @@ impl Engine {
     /// cannot be run, and weights that are missing or do not fit the specification.
     pub fn load_with(model: &Model, device: Device, products: Products) -> Result<Engine> {
         if !model.stage.packed() {
-            let message =
-                format!("the engine runs packed models, and this one is {}; pack it", model.stage.title());
+            let message = format!(
+                "the engine runs packed models, and this one is {}; pack it with Model::packed",
+                model.stage.title()
+            );
             return Err(Error::Mismatch(message));
         }
         let spec = model.spec.clone();
