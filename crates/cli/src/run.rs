@@ -28,11 +28,14 @@ const PAUSE: Duration = Duration::from_millis(10);
 pub(crate) fn run(m: &ArgMatches) -> Result<()> {
     let (device, _) = args::device_of(m)?;
     let name = m.get_one::<String>("input").expect("has a default");
-    let (path, source): (&Path, Box<dyn Read + Send>) = match name.as_str() {
-        "-" => (Path::new("standard input"), Box::new(stdin())),
+    let (path, source, whole): (&Path, Box<dyn Read + Send>, bool) = match name.as_str() {
+        "-" => (Path::new("standard input"), Box::new(stdin()), false),
         name => {
             let path = Path::new(name);
-            (path, Box::new(File::open(path).map_err(Error::io(path))?))
+            let file = File::open(path).map_err(Error::io(path))?;
+            // A file's batches must not depend on how fast it is read; a named pipe is no such file.
+            let whole = file.metadata().is_ok_and(|m| m.is_file());
+            (path, Box::new(file), whole)
         }
     };
     let dir = args::model_dir(m)?;
@@ -61,7 +64,7 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
     while end.is_none() {
         let (mut requests, mut prepared) = (Vec::new(), Vec::new());
         while prepared.len() < batch * AHEAD {
-            let line = match lines.next(prepared.is_empty()) {
+            let line = match lines.next(whole || prepared.is_empty()) {
                 Next::Line(line) => line,
                 Next::Later => break,
                 Next::End(how) => {
