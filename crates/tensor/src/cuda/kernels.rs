@@ -138,7 +138,7 @@ pub(super) fn cubin(source: &Variant, target: &str) -> Result<Vec<u8>, CudaError
     let cubin = compile(source, target)?;
     // A cache that cannot be written (a full disk, a read-only home) costs time and nothing else.
     if let Some(file) = file {
-        let _ = write_cached(&file, &[&cubin, &fnv(&cubin).to_le_bytes()[..]].concat());
+        let _ = write_cached(&file, &sealed(&cubin));
     }
     Ok(cubin)
 }
@@ -177,6 +177,11 @@ fn cache_file(variant: &Variant, target: &str) -> Option<PathBuf> {
 /// FNV-1a: the same in every build, unlike the standard library's hasher.
 pub fn fnv(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xCBF2_9CE4_8422_2325, |h, b| (h ^ *b as u64).wrapping_mul(0x0100_0000_01B3))
+}
+
+/// The image and its checksum, as the cache holds it.
+fn sealed(cubin: &[u8]) -> Vec<u8> {
+    [cubin, &fnv(cubin).to_le_bytes()[..]].concat()
 }
 
 /// The image without the checksum that ends the file; `None` if they disagree (a torn or edited file).
@@ -280,6 +285,10 @@ mod tests {
                 let (cubin, log) = compile_with_log(variant, target, &["--ptxas-options=-v"])
                     .unwrap_or_else(|e| panic!("{e}"));
                 assert_eq!(&cubin[..4], b"\x7fELF", "{} {target}", variant.source.name);
+                // A machine with this folder starts as if it had compiled all kernels before.
+                if let (Some(_), Some(file)) = (env::var_os("GPUSQ_CACHE"), cache_file(variant, target)) {
+                    write_cached(&file, &sealed(&cubin)).unwrap();
+                }
                 if shown == "all" || variant.source.name == shown {
                     println!("{} {:?} {target}\n{log}", variant.header(), variant.element);
                 }
@@ -300,8 +309,7 @@ mod tests {
 
     #[test]
     fn a_damaged_cache_file_is_compiled_again_not_loaded() {
-        let mut file = b"image".to_vec();
-        file.extend(fnv(b"image").to_le_bytes());
+        let mut file = sealed(b"image");
         assert_eq!(unsealed(file.clone()).unwrap(), b"image");
         file[1] ^= 1;
         assert!(unsealed(file).is_none() && unsealed(vec![1, 2]).is_none());
