@@ -57,45 +57,6 @@ __device__ inline void close(float (*s)[4], int limit) {
             if (key_of(n, j, c % 2) >= limit) s[n][c] = minus_infinity();
 }
 
-// What is kept of the group of 2 B scores that begins at s[n0], in row r of the lane's two: bit i for the i-th key.
-__device__ inline u32 kept_by_rank(float (*s)[4], int n0, int r) {
-    u32 kept = 0;
-#pragma unroll
-    for (int i = 0; i < 2 * B; i++) {
-        float x = s[n0 + i / 2][2 * r + i % 2];
-        int rank = 0;
-#pragma unroll
-        for (int k = 0; k < 2 * B; k++) {
-            float y = s[n0 + k / 2][2 * r + k % 2];
-            if (k != i) rank += k < i ? y >= x : y > x;
-        }
-        kept |= (u32)(rank < KEEP) << i;
-    }
-    return kept;
-}
-
-// The KEEP-th largest of the group, for KEEP 1 and 2; `tie` if what is not below it is more than KEEP.
-__device__ inline float least_kept(float (*s)[4], int n0, int r, bool &tie) {
-    float one = minus_infinity(), two = one, three = one;
-    if constexpr (B == 2 && KEEP == 2) {
-        const float *x = s[n0] + 2 * r, *y = s[n0 + 1] + 2 * r;
-        float a = fminf(fmaxf(x[0], x[1]), fmaxf(y[0], y[1]));
-        float b = fmaxf(fminf(x[0], x[1]), fminf(y[0], y[1]));
-        tie |= a == b;
-        return fmaxf(a, b);
-    }
-#pragma unroll
-    for (int i = 0; i < 2 * B; i++) {
-        float x = s[n0 + i / 2][2 * r + i % 2];
-        float below = fminf(one, x);
-        one = fmaxf(one, x);
-        if (KEEP == 2) three = fmaxf(three, fminf(two, below));
-        two = fmaxf(two, below);
-    }
-    tie |= KEEP == 1 ? one == two : two == three;
-    return KEEP == 1 ? one : two;
-}
-
 // Running softmax of a lane's two rows.
 struct Softmax {
     float top[2] = {minus_infinity(), minus_infinity()}, sum[2] = {};
@@ -103,89 +64,130 @@ struct Softmax {
     bool huge = false;
 };
 
-// Scores become weights, 2 to the score in bits above the row's base, that the pattern keeps; the sum has all. The base
-// is the highest score of the first tile, and follows only when one is more than 8 bits higher: most tiles then leave
-// the outputs alone.
-__device__ inline void weigh(float (*s)[4], float (*o)[4], Softmax &m, float unit) {
-    float highest[2];
-    bool rise = false;
+// What the pattern drops of a group becomes 0: x are its scores, p their weights. `tie` where that takes `by_rank`.
+__device__ inline void prune(const float *x, float *p, bool &tie) {
+    if constexpr (OF == 4 && KEEP == 2) {
+        // Losers of one pair beat the winner of the other, or both winners stay. Ties go to the lower key.
+        asm("{.reg .pred a, b, c, d, e, f; .reg .f32 w, l, v, k;\n"
+            "max.f32 w, %4, %5; min.f32 l, %4, %5; max.f32 v, %6, %7; min.f32 k, %6, %7;\n"
+            "setp.ge.f32 a, l, v; setp.gt.f32 b, k, w;\n"
+            "setp.lt.and.f32 c|d, %4, %5, !a; setp.lt.and.f32 e|f, %6, %7, !b;\n"
+            "@c mul.f32 %0, %0, 0f00000000; @d mul.f32 %1, %1, 0f00000000; @e mul.f32 %2, %2, 0f00000000; @f mul.f32 %3, %3, 0f00000000;\n"
+            "@b mul.f32 %0, %0, 0f00000000; @b mul.f32 %1, %1, 0f00000000; @a mul.f32 %2, %2, 0f00000000; @a mul.f32 %3, %3, 0f00000000;}"
+            : "+f"(p[0]), "+f"(p[1]), "+f"(p[2]), "+f"(p[3])
+            : "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]));
+    } else if constexpr (KEEP == 1) {
+        // A knockout: best[n + i] is the i-th of the n that play on; kept likewise.
+        float best[4 * B];
+        bool kept[4 * B];
+#pragma unroll
+        for (int i = 0; i < 2 * B; i++) best[2 * B + i] = x[i];
+#pragma unroll
+        for (int i = 2 * B - 1; i > 0; i--) best[i] = fmaxf(best[2 * i], best[2 * i + 1]);
+        kept[1] = true;
+#pragma unroll
+        for (int i = 1; i < 2 * B; i++) {
+            bool left = best[2 * i] >= best[2 * i + 1];
+            kept[2 * i] = kept[i] && left;
+            kept[2 * i + 1] = kept[i] && !left;
+        }
+#pragma unroll
+        for (int i = 0; i < 2 * B; i++) p[i] = kept[2 * B + i] ? p[i] : 0.0f;
+    } else if constexpr (KEEP == 2) {
+        float one = minus_infinity(), two = one, three = one;
+#pragma unroll
+        for (int i = 0; i < 2 * B; i++) {
+            float below = fminf(one, x[i]);
+            one = fmaxf(one, x[i]);
+            three = fmaxf(three, fminf(two, below));
+            two = fmaxf(two, below);
+        }
+        tie |= two == three;
+#pragma unroll
+        for (int i = 0; i < 2 * B; i++) p[i] = x[i] >= two ? p[i] : 0.0f;
+    } else tie = true;
+}
+
+__device__ inline void prune_by_rank(const float *x, float *p) {
+#pragma unroll
+    for (int i = 0; i < 2 * B; i++) {
+        int rank = 0;
+#pragma unroll
+        for (int k = 0; k < 2 * B; k++)
+            if (k != i) rank += k < i ? x[k] >= x[i] : x[k] > x[i];
+        if (rank >= KEEP) p[i] = 0.0f;
+    }
+}
+
+// Scores become weights, 2 to the score in bits above the row's base, of which `w` has those that the pattern keeps; `part`
+// gets the sums of all. Scores that are huge, which only RARE minds, have the base subtracted before they are multiplied.
+template <bool RARE, bool RANKED>
+__device__ inline void weights(const float (*s)[4], const Softmax &m, float unit, float *part, u32 (*w)[4], bool &tie) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        float h = minus_infinity();
+        float shift = RARE && m.huge ? m.top[r] : 0.0f, base = RARE && m.huge ? 0.0f : m.top[r] * unit;
 #pragma unroll
-        for (int n = 0; n < TILE / 8; n++) h = fmaxf(h, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
-        h = fmaxf(h, __shfl_xor_sync(~0u, h, 1));
-        highest[r] = fmaxf(h, __shfl_xor_sync(~0u, h, 2));
-        rise |= (highest[r] - m.top[r]) * unit > 8.0f;
+        for (int n = 0; n < TILE / 8; n += B) {
+            float x[2 * B], p[2 * B];
+#pragma unroll
+            for (int i = 0; i < 2 * B; i++) {
+                x[i] = s[n + i / 2][2 * r + i % 2];
+                p[i] = exp2_fast(__fmaf_rn(RARE ? x[i] - shift : x[i], unit, -base));
+                part[r] += p[i];
+            }
+            if constexpr (OF && RANKED) prune_by_rank(x, p);
+            else if constexpr (OF > 0) prune(x, p, tie);
+#pragma unroll
+            for (int i = 0; i < B; i++) w[(n + i) / 2][(n + i) % 2 * 2 + r] = f16_pair(p[2 * i], p[2 * i + 1]);
+        }
     }
-    if (__any_sync(~0u, rise)) {
+}
+
+// Scores become weights `w`, halves in the order of a left operand. The base is the row's highest score in the first tile,
+// and follows only when weights come near what a half can hold, which is rare, so that other tiles look for no maximum and
+// leave the outputs alone. True if it did: outputs are to be multiplied by `shrink`.
+__device__ inline bool weigh(const float (*s)[4], Softmax &m, float unit, u32 (*w)[4], bool first, float *shrink) {
+    float part[2] = {};
+    bool tie = false, rise = first || m.huge;
+    if (!rise) {
+        weights<false, false>(s, m, unit, part, w, tie);
+        rise = !__all_sync(~0u, fmaxf(part[0], part[1]) < 32768.0f);
+    }
+    if (rise) {
         bool huge = false;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            float top = fmaxf(m.top[r], highest[r]);
-            float shrink = exp2_fast((m.top[r] - top) * unit);
-            m.top[r] = top;
-            m.sum[r] *= shrink;
-            huge |= fabsf(top * unit) > 65536.0f;
+            float top = m.top[r];
 #pragma unroll
-            for (int n = 0; n < D / 8; n++) {
-                o[n][2 * r] *= shrink;
-                o[n][2 * r + 1] *= shrink;
-            }
+            for (int n = 0; n < TILE / 8; n++) top = fmaxf(top, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
+            top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+            top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+            shrink[r] = exp2_fast((m.top[r] - top) * unit);
+            m.top[r] = top;
+            m.sum[r] *= shrink[r];
+            huge |= fabsf(top * unit) > 65536.0f;
+            part[r] = 0.0f;
         }
         m.huge = __any_sync(~0u, huge);
+        tie = false;
+        weights<true, false>(s, m, unit, part, w, tie);
     }
-    float base[2] = {m.top[0] * unit, m.top[1] * unit};
-    if (m.huge) {
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            base[r] = 0.0f;
-#pragma unroll
-            for (int n = 0; n < TILE / 8; n++) {
-                s[n][2 * r] -= m.top[r];
-                s[n][2 * r + 1] -= m.top[r];
-            }
+    if constexpr (OF && KEEP != 1 && !(OF == 4 && KEEP == 2)) {
+        if (__any_sync(~0u, tie)) {
+            float again[2];
+            weights<true, true>(s, m, unit, again, w, tie);
         }
     }
-    if constexpr (!OF) {
+    m.sum[0] += part[0];
+    m.sum[1] += part[1];
+    return rise;
+}
+
+__device__ inline void rescale(float (*o)[4], const float *shrink) {
 #pragma unroll
-        for (int n = 0; n < TILE / 8; n++)
+    for (int n = 0; n < D / 8; n++)
 #pragma unroll
-            for (int c = 0; c < 4; c++) {
-                s[n][c] = exp2_fast(__fmaf_rn(s[n][c], unit, -base[c / 2]));
-                m.sum[c / 2] += s[n][c];
-            }
-        return;
-    }
-    constexpr int GROUPS = TILE / 8 / B;
-    u32 kept[GROUPS][2];
-    float least[GROUPS][2];
-    bool tie = KEEP > 2;
-    if constexpr (KEEP <= 2) {
-#pragma unroll
-        for (int g = 0; g < GROUPS; g++)
-#pragma unroll
-            for (int r = 0; r < 2; r++) least[g][r] = least_kept(s, g * B, r, tie);
-        tie = __any_sync(~0u, tie);
-    }
-    // Ties are rare, except where keys are masked.
-    if (tie) {
-#pragma unroll
-        for (int g = 0; g < GROUPS; g++)
-#pragma unroll
-            for (int r = 0; r < 2; r++) kept[g][r] = kept_by_rank(s, g * B, r);
-    }
-#pragma unroll
-    for (int n = 0; n < TILE / 8; n++)
-#pragma unroll
-        for (int c = 0; c < 4; c++) {
-            float p = exp2_fast(__fmaf_rn(s[n][c], unit, -base[c / 2]));
-            m.sum[c / 2] += p;
-            bool keep;
-            if (tie) keep = kept[n / B][c / 2] >> (n % B * 2 + c % 2) & 1;
-            else keep = s[n][c] >= least[n / B][c / 2];
-            s[n][c] = keep ? p : 0.0f;
-        }
+        for (int c = 0; c < 4; c++) o[n][c] *= shrink[c / 2];
 }
 
 // Four signed codes as halves, exactly: 0x6400 + u is the half 1024 + u.

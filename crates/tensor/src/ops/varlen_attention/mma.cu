@@ -127,19 +127,18 @@ extern "C" __global__ void __launch_bounds__(128)
                 for (int c = 0; c < 4; c++) s[n][c] = (float)sums[n][c];
         }
         if ((t + 1) * TILE > length) close(s, length - t * TILE);
-        weigh(s, o, m, unit);
+        u32 w[TILE / 16][4];
+        float shrink[2];
+        if (weigh(s, m, unit, w, t == 0, shrink)) rescale(o, shrink);
 #pragma unroll
-        for (int i = 0; i < TILE / 16; i++) {
-            u32 w[4] = {f16_pair(s[2 * i][0], s[2 * i][1]), f16_pair(s[2 * i][2], s[2 * i][3]),
-                        f16_pair(s[2 * i + 1][0], s[2 * i + 1][1]), f16_pair(s[2 * i + 1][2], s[2 * i + 1][3])};
+        for (int i = 0; i < TILE / 16; i++)
 #pragma unroll
             for (int n = 0; n < D / 16; n++) {
                 u32 r[4];
                 ldmatrix_transposed(r, values(t) + (i * 16 + lane % 16) * VALUE_ROW + n * 32 + lane / 16 * 16);
-                mma(o[2 * n], w, r[0], r[1]);
-                mma(o[2 * n + 1], w, r[2], r[3]);
+                mma(o[2 * n], w[i], r[0], r[1]);
+                mma(o[2 * n + 1], w[i], r[2], r[3]);
             }
-        }
         if constexpr (CODES_IN)
             if (t + 1 < count) put(values(t + 1), held);
         __syncthreads();

@@ -200,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * SPLIT, D == 128 || SPLIT 
     wait<0>();
     // Scores become the left operand of the product with values.
     u32 w[TILE / 16][4];
-    auto soften = [&](bool last) {
+    auto soften = [&](bool first, bool last) {
         float(*s)[4] = (float(*)[4])sums;
         if constexpr (CODES_IN)
 #pragma unroll
@@ -210,14 +210,8 @@ extern "C" __global__ void __launch_bounds__(THREADS * SPLIT, D == 128 || SPLIT 
                     // Sums of codes are below 2^22, so that this is the sum plus 1.5 * 2^23; softmax does not mind.
                     s[n][c] = __int_as_float(sums[n][c] + 0x4B400000);
         if (last) close(s, length - key(count - 1));
-        weigh(s, o, m, unit);
-#pragma unroll
-        for (int i = 0; i < TILE / 16; i++) {
-            w[i][0] = f16_pair(s[2 * i][0], s[2 * i][1]);
-            w[i][1] = f16_pair(s[2 * i][2], s[2 * i][3]);
-            w[i][2] = f16_pair(s[2 * i + 1][0], s[2 * i + 1][1]);
-            w[i][3] = f16_pair(s[2 * i + 1][2], s[2 * i + 1][3]);
-        }
+        float shrink[2];
+        if (weigh(s, m, unit, w, first, shrink)) rescale(o, shrink);
     };
     auto outputs = [&](int t) {
 #pragma unroll
@@ -225,7 +219,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * SPLIT, D == 128 || SPLIT 
             apply(o, w[i], descriptor(values(t) + i * 16 * VALUE_ROW, VALUE_ROW, TILE * VALUE_ROW));
     };
     for (int t = 0; t < count - 1; t++) {
-        soften(false);
+        soften(t == 0, false);
         arrived<1>();
         // Into the part that was read last turn.
         start(t + 3);
@@ -240,7 +234,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * SPLIT, D == 128 || SPLIT 
         wait<0>();
     }
     if (SPLIT == 1 || count > 0) {
-        soften(true);
+        soften(count == 1, true);
         // The last values that were codes were written after the last barrier.
         if constexpr (CODES_IN) arrived<0>();
         fence();
