@@ -728,7 +728,7 @@ fn a_gpu_serves_many_threads_and_its_memory_stays_as_it_is() {
             .collect();
         let want: Vec<Tensor> = all.iter().map(|i| engine.run(i).unwrap()).collect();
         own.peak_memory();
-        let before = own.peak_memory();
+        let (before, free) = (own.peak_memory(), own.free_memory());
         std::thread::scope(|scope| {
             for thread in 0..12 {
                 let (engine, all, want) = (&engine, &all, &want);
@@ -741,6 +741,34 @@ fn a_gpu_serves_many_threads_and_its_memory_stays_as_it_is() {
             }
         });
         assert_eq!(own.peak_memory(), before, "bytes of tensors on the GPU");
+        // The driver allocates for itself too.
+        let less = free.saturating_sub(own.free_memory());
+        assert!(less <= 16 << 20, "{less} bytes less than before that nobody has");
+    }
+}
+
+/// More sizes of batch than graphs are kept: they are made again, in the memory of those that went.
+#[test]
+fn a_gpu_makes_graphs_again_without_more_memory() {
+    let _alone = MEMORY.write().unwrap_or_else(PoisonError::into_inner);
+    for gpu in gpus() {
+        let Device::Cuda(own) = gpu else { unreachable!("only GPUs") };
+        let model = packed_int8(WIDE_BERT, Some(HeadKind::Classes(3)), None, true, 15);
+        let engine = unplanned(&model, gpu);
+        let sizes = (1..=5).flat_map(|batch| (1..=25).map(move |k| (batch, 16 * k)));
+        let all: Vec<Inputs> =
+            sizes.map(|(b, l)| inputs(b, l, model.spec.vocab, 2, false, (b * l) as u64)).collect();
+        let run = || all.iter().map(|i| engine.run(i).unwrap()).collect::<Vec<_>>();
+        let want = run();
+        let free = own.free_memory();
+        for _ in 0..3 {
+            for (got, want) in run().iter().zip(&want) {
+                same_bits("again", got, want);
+            }
+            // The driver keeps some of what graphs gave back.
+            let less = free.saturating_sub(own.free_memory());
+            assert!(less <= 16 << 20, "{less} bytes less than before");
+        }
     }
 }
 

@@ -207,6 +207,12 @@ impl Gpu {
         lock(&self.0.pool).peak() as u64
     }
 
+    /// Bytes of its memory that nobody has, of whatever process.
+    pub fn free_memory(self) -> u64 {
+        let free = self.bind().and_then(|()| result::mem_get_info());
+        free.map_or(0, |(free, _)| free as u64)
+    }
+
     /// Whether kernels for it have Hopper's own instructions.
     pub(crate) fn is_hopper(self) -> bool {
         self.0.target == "sm_90a"
