@@ -398,7 +398,8 @@ fn keep_models() -> Arg {
 
 fn precision() -> Arg {
     Arg::new("precision").long("precision").value_name("PRECISION").help(
-        "f32, bf16 (GPUs; weights, sums and optimiser stay f32) or auto: bf16 on a GPU, f32 on a CPU [default: auto]",
+        "f32, tf32 (GPUs; f32 with linear maps in TF32), bf16 (GPUs; weights, sums and optimiser stay f32) or auto: bf16 \
+         on a GPU, f32 on a CPU [default: auto]",
     )
 }
 

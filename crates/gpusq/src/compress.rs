@@ -243,7 +243,7 @@ impl Run<'_> {
     /// # Errors
     /// What the engine says of a packed model it cannot run.
     pub fn score(&self, model: &Model, name: &str, watch: &mut Watch) -> Result<(Scores, bool)> {
-        let compute = Compute { element: DType::F32, ..self.compute };
+        let compute = Compute { element: DType::F32, tf32: false, ..self.compute };
         let outputs = predict(model, self.dev, EVAL_BATCH, self.pad(), compute, Device::Cpu, &mut |_| {})?;
         let scores = self.dev.score(&outputs);
         watch(Event::Scored { name, scores: &scores });

@@ -97,6 +97,9 @@ choice! {
         Auto = "auto",
         /// 32-bit floats throughout.
         F32 = "f32",
+        /// 32-bit floats, but linear maps are trained with operands rounded to TF32 (10 bits of fraction), for tensor
+        /// cores. On GPUs.
+        Tf32 = "tf32",
         /// Activations and their products in bfloat16; weights, sums and the optimiser in f32. On GPUs.
         Bf16 = "bf16",
     }
@@ -299,7 +302,7 @@ macro_rules! seed_doc {
 
 macro_rules! precision_doc {
     () => {
-        "What models are trained in: f32, bf16 (on GPUs; weights, sums and the optimiser stay f32), or auto, bf16 on a GPU and f32 on a CPU; scores are taken in f32 in any case."
+        "What models are trained in: f32, tf32 (on GPUs; f32 whose linear maps round operands to TF32), bf16 (on GPUs; weights, sums and the optimiser stay f32), or auto, bf16 on a GPU and f32 on a CPU; scores are taken in f32 in any case."
     };
 }
 

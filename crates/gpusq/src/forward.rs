@@ -7,6 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::rc::Rc;
 
+use gpusq_tensor::cuda::with_tf32;
+use gpusq_tensor::ops;
 use gpusq_tensor::ops::activation::{activation, quantized};
 use gpusq_tensor::ops::add::add;
 use gpusq_tensor::ops::attention::{Attention, attention, attention_joint, takes_joint};
@@ -62,32 +64,47 @@ pub struct Compute {
     /// Element type of activations and of the weights they are multiplied with: f32, or bf16 on a GPU. Weights that
     /// are trained, norms' statistics, softmax sums, losses and the optimiser's state are f32 in either case.
     pub element: DType,
+    /// Training rounds the operands of f32 products to TF32, which tensor cores multiply.
+    pub tf32: bool,
 }
 
 impl Compute {
     /// f32 on the CPU.
-    pub const CPU: Compute = Compute { device: Device::Cpu, element: DType::F32 };
+    pub const CPU: Compute = Compute { device: Device::Cpu, element: DType::F32, tf32: false };
 
     /// `precision` on `device`.
     ///
     /// # Errors
-    /// [`Error::Config`] for bf16 on a CPU.
+    /// [`Error::Config`] for bf16 or TF32 on a CPU.
     pub fn new(device: Device, precision: Precision) -> Result<Self> {
         let element = match (precision, device) {
-            (Precision::F32, _) | (Precision::Auto, Device::Cpu) => DType::F32,
+            (Precision::F32, _) | (Precision::Auto, Device::Cpu) | (Precision::Tf32, Device::Cuda(_)) => {
+                DType::F32
+            }
             (Precision::Bf16 | Precision::Auto, Device::Cuda(_)) => DType::Bf16,
-            (Precision::Bf16, Device::Cpu) => {
-                let message = "precision bf16 needs a GPU, and the device is the CPU; use f32 or auto";
-                return Err(Error::Config(message.into()));
+            (Precision::Bf16 | Precision::Tf32, Device::Cpu) => {
+                let name = precision.name();
+                let message =
+                    format!("precision {name} needs a GPU, and the device is the CPU; use f32 or auto");
+                return Err(Error::Config(message));
             }
         };
-        Ok(Compute { device, element })
+        Ok(Compute { device, element, tf32: precision == Precision::Tf32 })
+    }
+
+    /// `f` with the products that this trains with.
+    pub fn training<R>(self, f: impl FnOnce() -> R) -> R {
+        if self.tf32 { with_tf32(f) } else { f() }
     }
 }
 
 impl fmt::Display for Compute {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let element = if self.element == DType::Bf16 { "bf16" } else { "f32" };
+        let element = match (self.element, self.tf32) {
+            (DType::Bf16, _) => "bf16",
+            (_, true) => "tf32",
+            _ => "f32",
+        };
         write!(f, "{}, {element}", self.device)
     }
 }
@@ -130,7 +147,7 @@ const PROJECTIONS: [&str; 3] = ["q", "k", "v"];
 impl Bound {
     /// Puts `params` on `tape`, for `compute`. A bound inference tape may serve any number of forwards.
     pub fn new(tape: &Tape, params: &Params, gradient: MaskGradient, compute: Compute) -> Self {
-        let Compute { device, element } = compute;
+        let Compute { device, element, .. } = compute;
         let leaf = |(name, w): (&str, &Weight)| {
             let (raw, scale) = match w {
                 Weight::Dense(t) | Weight::Masked { value: t, .. } => (tape.leaf(t.to(device)), None),
@@ -256,7 +273,7 @@ fn joint_widths<'a>(params: &Params, name: &'a str, compute: Compute) -> Option<
     let at = name.strip_suffix(".q.weight").filter(|at| at.ends_with(".attn"))?;
     let weights = PROJECTIONS.map(|p| params.get(&format!("{at}.{p}.weight")));
     let [Some(q), Some(k), Some(v)] = weights else { return None };
-    let Compute { device: Device::Cuda(_), element: DType::Bf16 } = compute else { return None };
+    let Compute { device: Device::Cuda(_), element: DType::Bf16, .. } = compute else { return None };
     let shape = |w: &Weight| match w {
         Weight::Dense(t) | Weight::Masked { value: t, .. } | Weight::Fake { value: t, .. } => {
             t.shape().to_vec()
@@ -282,6 +299,18 @@ fn joint_widths<'a>(params: &Params, name: &'a str, compute: Compute) -> Option<
         && all_or_none(has("bias"))
         && all_or_none(has("output_scale"));
     fits.then_some((at, [rows, k_rows, v_rows]))
+}
+
+/// Compiles the kernels of passes over `spec` that are not in the cache; a first step would wait for one after the other.
+pub fn prepare(spec: &TransformerSpec, pattern: Option<Pattern>, compute: Compute) {
+    let dense = match spec.head {
+        Head::Classify { dense, .. } => dense,
+        _ => None,
+    };
+    let functions = spec.stacks().map(|(_, s)| s.activation).chain(dense).collect();
+    let pattern = pattern.map(|p| (p.keep, p.of));
+    let heads = spec.stacks().map(|(_, s)| (s.head_dim, pattern)).collect();
+    ops::prepare(compute.device, compute.element, &ops::Trained { functions, heads });
 }
 
 /// A tensor that linear maps read: as it is where it exists so, and quantised if its maps are.

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use gpusq_tensor::Tensor;
+use rayon::prelude::*;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
@@ -593,7 +594,8 @@ pub fn compressible(linear: &Linear) -> Option<String> {
 
 /// `value * mask` with +0 in every dropped place, and for a kept -0 too.
 pub(crate) fn apply(value: &Tensor, mask: &Tensor) -> Tensor {
-    let kept = value.f32().iter().zip(mask.u8()).map(|(v, &m)| if m != 0 { *v + 0.0 } else { 0.0 }).collect();
+    let kept = |(v, m): (&f32, &u8)| if *m != 0 { *v + 0.0 } else { 0.0 };
+    let kept = value.f32().par_iter().zip(mask.u8()).map(kept).collect();
     Tensor::from_f32(kept, value.shape())
 }
 

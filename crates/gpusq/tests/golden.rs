@@ -13,7 +13,7 @@ use gpusq::forward::{Bound, Compute, Inputs, Output, TapSet, Tokens, forward};
 use gpusq::model::Model;
 use gpusq::spec::Head;
 use gpusq::tensor::ops::masked::MaskGradient;
-use gpusq::tensor::{DType, Device, Tape, Tensor};
+use gpusq::tensor::{Device, Tape, Tensor};
 
 fn cases() -> Vec<PathBuf> {
     let root = std::env::var_os("GPUSQ_GOLDEN_DIR").map_or_else(
@@ -101,7 +101,7 @@ fn run(dir: &Path, device: Device) {
         tokens: tokens(&g, "in.input_ids", "in.attention_mask").unwrap(),
         target: tokens(&g, "in.decoder_input_ids", "in.decoder_attention_mask"),
     };
-    let compute = Compute { device, element: DType::F32 };
+    let compute = Compute { device, ..Compute::CPU };
     let tape = Tape::recording();
     let bound = Bound::new(&tape, &model.params, MaskGradient::Kept, compute);
     let want = TapSet { blocks: true, ..TapSet::default() };

@@ -206,7 +206,7 @@ fn a_batch_that_is_computed_in_parts_trains_the_same() {
     let mut quantized = sparse.clone();
     calibrate(&mut quantized, &samples(&d), &calibration(&Config::default().quantize), Compute::CPU).unwrap();
     for device in Device::all() {
-        let compute = Compute { device, element: DType::F32 };
+        let compute = Compute { device, ..Compute::CPU };
         for (start, mix, teacher) in
             [(&teacher, Mix::HARD, None), (&sparse, MIX, Some(&teacher)), (&quantized, MIX, Some(&sparse))]
         {
@@ -345,7 +345,7 @@ fn every_device_has_the_cpus_loss_curve() {
         [(&teacher, Mix::HARD, None), (&sparse, MIX, Some(&teacher)), (&quantized, MIX, Some(&sparse))]
     {
         let curve = |device| {
-            let compute = Compute { device, element: DType::F32 };
+            let compute = Compute { device, ..Compute::CPU };
             let how = Recipe { compute, ..recipe(&f, mix, teacher) };
             let report = fit(&mut start.clone(), &d, &how, State::default(), &mut |_| {}).unwrap();
             report.curve.iter().map(|p| p.terms.total).collect::<Vec<f32>>()
@@ -379,8 +379,7 @@ fn gradient_checkpointing_changes_no_bit() {
         for (start, teacher) in [(&teacher, None), (&sparse, Some(&teacher)), (&fake, Some(&sparse))] {
             let trained = |f: &Fit| {
                 let mut student = start.clone();
-                let how =
-                    Recipe { compute: Compute { device, element: DType::F32 }, ..recipe(f, mix, teacher) };
+                let how = Recipe { compute: Compute { device, ..Compute::CPU }, ..recipe(f, mix, teacher) };
                 let report = fit(&mut student, &d, &how, State::default(), &mut |_| {}).unwrap();
                 (student.params, report.curve)
             };
@@ -421,7 +420,7 @@ fn odd_and_even_widths_train_in_bf16() {
             let want = curve(Compute::CPU);
             for &device in &devices[1..] {
                 for (step, (got, want)) in
-                    curve(Compute { device, element: DType::Bf16 }).iter().zip(&want).enumerate()
+                    curve(Compute { device, element: DType::Bf16, tf32: false }).iter().zip(&want).enumerate()
                 {
                     let message = format!("{device}, width {hidden}, {:?}, step {step}", start.stage);
                     assert!((got - want).abs() <= 0.05 * want.max(0.1), "{message}: {got}, CPU {want}");

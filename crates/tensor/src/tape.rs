@@ -5,9 +5,10 @@
 //! goes. An inference tape records nothing, so that teacher and evaluation passes keep no activations.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use crate::cpu::ahead;
+use crate::cuda::reduce::{self, Sums};
 use crate::ops::add;
 use crate::{Device, Tensor};
 
@@ -41,9 +42,12 @@ impl Var {
 pub struct Grads {
     slots: Vec<Option<Tensor>>,
     /// Column sums of gradients that came with them.
-    sums: HashMap<usize, Tensor>,
+    sums: HashMap<usize, Sums>,
     /// Those of the gradient that is being handed on.
-    known: Option<Tensor>,
+    known: Option<Sums>,
+    /// Gradients that are sums not made yet, and the positions they are of.
+    unmade: Vec<(Sums, Tensor)>,
+    waiting: HashSet<usize>,
 }
 
 impl Grads {
@@ -63,14 +67,48 @@ impl Grads {
             var.shape()
         );
         self.sums.remove(&node);
+        self.settle(node);
         match &mut self.slots[node] {
             Some(sum) => add::accumulate(sum, &grad),
             empty => *empty = Some(grad),
         }
     }
 
-    /// [`Grads::add`] of a gradient whose column sums, f32 `[width]`, were had in the same pass: a bias' gradient.
-    pub(crate) fn add_with_sums(&mut self, var: &Var, grad: Tensor, sums: Tensor) {
+    /// [`Grads::add`] of sums that are made when something reads them: at the end of the backward pass, if nothing does.
+    pub(crate) fn add_sums(&mut self, var: &Var, sums: Sums) {
+        let Some(node) = var.node else { return };
+        let place = sums.place(var.shape());
+        self.unmade.push((sums, place.clone()));
+        match self.slots[node] {
+            Some(_) => {
+                self.make_sums();
+                self.add(var, place);
+            }
+            None => {
+                self.slots[node] = Some(place);
+                self.waiting.insert(node);
+            }
+        }
+    }
+
+    fn make_sums(&mut self) {
+        let wanted = std::mem::take(&mut self.unmade);
+        self.waiting.clear();
+        if let Some((_, first)) = wanted.first() {
+            let Device::Cuda(gpu) = first.device() else { unreachable!("left by kernels") };
+            reduce::make(gpu, &wanted);
+        }
+    }
+
+    /// Makes the gradient at `node`, if it is one that is not made yet; with all others that are not.
+    fn settle(&mut self, node: usize) {
+        if self.waiting.contains(&node) {
+            self.make_sums();
+        }
+    }
+
+    /// [`Grads::add`] of a gradient whose column sums were had in the same pass: a bias' gradient.
+    pub(crate) fn add_with_sums(&mut self, var: &Var, grad: Tensor, sums: Sums) {
         let Some(node) = var.node else { return };
         let alone = self.slots[node].is_none();
         self.add(var, grad);
@@ -80,7 +118,7 @@ impl Grads {
     }
 
     /// Column sums of the gradient that the backward pass of an operation was called with, if they are known.
-    pub(crate) fn known_sums(&mut self) -> Option<Tensor> {
+    pub(crate) fn known_sums(&mut self) -> Option<Sums> {
         self.known.take()
     }
 
@@ -99,6 +137,7 @@ impl Grads {
     pub(crate) fn slot(&mut self, var: &Var) -> Option<&mut Option<Tensor>> {
         let node = var.node?;
         self.sums.remove(&node);
+        self.settle(node);
         Some(&mut self.slots[node])
     }
 
@@ -107,6 +146,7 @@ impl Grads {
         for i in (0..nodes.len()).rev() {
             // Leaves have no closure and keep their gradient for `take`.
             let Some(backward) = nodes[i].take() else { continue };
+            self.settle(base + i);
             if let Some(grad) = self.slots[base + i].take() {
                 self.known = self.sums.remove(&(base + i));
                 backward(grad, self);
@@ -232,6 +272,7 @@ impl Tape {
             grads.run(&mut nodes, outer);
             grads.slots.truncate(outer);
             grads.sums.retain(|node, _| *node < outer);
+            grads.waiting.retain(|node| *node < outer);
         };
         Var { value, node: Some(self.slot(Some(Box::new(backward)))) }
     }
@@ -306,9 +347,16 @@ impl Tape {
     /// Gradients of the one-element `loss` with respect to every leaf. The record is used up.
     pub fn backward(self, loss: &Var) -> Grads {
         let mut nodes = self.nodes.into_inner();
-        let mut grads = Grads { slots: vec![None; nodes.len()], sums: HashMap::new(), known: None };
+        let mut grads = Grads {
+            slots: vec![None; nodes.len()],
+            sums: HashMap::new(),
+            known: None,
+            unmade: Vec::new(),
+            waiting: HashSet::new(),
+        };
         grads.add(loss, Tensor::full(loss.shape(), 1.0).to(loss.value.device()));
         grads.run(&mut nodes, 0);
+        grads.make_sums();
         grads
     }
 }

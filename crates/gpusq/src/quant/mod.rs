@@ -5,14 +5,14 @@ mod histogram;
 
 use std::collections::BTreeMap;
 
-use gpusq_tensor::ops::lsq::{QMAX, code};
+use gpusq_tensor::ops::lsq::{QMAX, code, square_error};
 use gpusq_tensor::ops::masked::MaskGradient;
 use gpusq_tensor::{Device, Tape, Tensor};
 use rayon::prelude::*;
 
 use crate::Result;
 use crate::config::Method;
-use crate::forward::{Bound, Compute, Inputs, TapSet, forward};
+use crate::forward::{Bound, Compute, Inputs, TapSet, forward, prepare};
 use crate::model::{Model, Stage, apply};
 use crate::params::Weight;
 use crate::spec::Role;
@@ -20,6 +20,9 @@ use histogram::Histogram;
 
 /// Smallest step size: an all-zero row or tensor still needs a positive one.
 const SMALLEST: f32 = 1e-8;
+
+/// Activations that are looked at at the same time.
+const TAPS: usize = 16;
 
 /// Candidates of [`Method::Mse`], as fractions of the absmax step size.
 fn candidates() -> impl Iterator<Item = f32> {
@@ -49,9 +52,9 @@ fn row_scale(row: &[f32], method: Method, percentile: f64) -> f32 {
             (sorted[at - 1] / QMAX).max(SMALLEST)
         }
         Method::Mse => {
-            let error =
-                |s: f32| -> f64 { row.iter().map(|&v| (v - code(v, s) * s) as f64).map(|e| e * e).sum() };
-            best(top, error)
+            // Zeros, half of a pruned row, have no error.
+            let kept: Vec<f32> = row.iter().copied().filter(|&v| v != 0.0).collect();
+            best(top, |s| square_error(&kept, s))
         }
     }
 }
@@ -88,25 +91,36 @@ pub struct Calibration {
 /// What a GPU meets; the model is unchanged then.
 pub fn calibrate(model: &mut Model, samples: &[Inputs], how: &Calibration, compute: Compute) -> Result<()> {
     let mut seen: BTreeMap<String, Histogram> = BTreeMap::new();
+    prepare(&model.spec, model.attention, compute);
     let tape = Tape::inference();
     let bound = Bound::new(&tape, &model.params, MaskGradient::Kept, compute);
     let want = TapSet { linears: true, ..TapSet::default() };
     for inputs in samples {
         let out = forward(&tape, &model.spec, &bound, model.attention, inputs, want);
-        for (name, v) in &out.taps {
-            let t = v.value().to(Device::Cpu).to_f32();
-            let mask = inputs.tokens.mask.as_ref().filter(|m| m.len() == t.rows());
-            let h = seen.entry(name.clone()).or_default();
-            for (r, row) in t.f32().chunks_exact(t.width()).enumerate() {
-                // Padding is no input, and its activations would stretch the range for nothing.
-                if mask.is_none_or(|m| m[r]) {
-                    h.add(row);
-                }
+        let mut taps = out.taps.iter().peekable();
+        while taps.peek().is_some() {
+            // A few at a time, because they are many.
+            let mut some: Vec<(&String, Tensor, Histogram)> = Vec::new();
+            for (name, v) in taps.by_ref().take(TAPS) {
+                some.push((name, v.value().to(Device::Cpu), seen.remove(name).unwrap_or_default()));
             }
+            some.par_iter_mut().for_each(|(_, t, h)| {
+                let t = t.to_f32();
+                let mask = inputs.tokens.mask.as_ref().filter(|m| m.len() == t.rows());
+                for (r, row) in t.f32().chunks_exact(t.width()).enumerate() {
+                    // Padding is no input, and its activations would stretch the range for nothing.
+                    if mask.is_none_or(|m| m[r]) {
+                        h.add(row);
+                    }
+                }
+            });
+            seen.extend(some.into_iter().map(|(name, _, h)| (name.clone(), h)));
         }
     }
     drop(bound);
     compute.device.check()?;
+    let steps: BTreeMap<String, f32> =
+        seen.into_par_iter().map(|(name, h)| (name, h.scale(how.activations, how.percentile))).collect();
     for l in model.spec.linears() {
         let name = format!("{}.weight", l.name);
         let Some(Weight::Masked { .. }) = model.params.get(&name) else { continue };
@@ -114,10 +128,7 @@ pub fn calibrate(model: &mut Model, samples: &[Inputs], how: &Calibration, compu
         let value = apply(&value, &mask);
         let scale = weight_scales(&value, how.weights, how.percentile);
         model.params.insert(name, Weight::Fake { value, mask, scale });
-        let step = |tap: &str| {
-            let s = seen.get(tap).map_or(SMALLEST, |h| h.scale(how.activations, how.percentile));
-            Weight::Dense(Tensor::scalar(s))
-        };
+        let step = |tap: &str| Weight::Dense(Tensor::scalar(steps.get(tap).copied().unwrap_or(SMALLEST)));
         model.params.insert(l.input_scale(), step(&l.input));
         if how.outputs.contains(&l.role) {
             model.params.insert(l.output_scale(), step(&format!("{}.y", l.name)));

@@ -1,6 +1,7 @@
 //! The magnitude criterion (Mishra et al. 2021, arXiv 2104.08378, section 3): `|W_ij|`.
 
 use gpusq_tensor::Tensor;
+use rayon::prelude::*;
 
 use super::{Criterion, CriterionEntry, InputStats};
 
@@ -15,7 +16,7 @@ struct Magnitude;
 
 impl Criterion for Magnitude {
     fn score(&self, weight: &Tensor, _inputs: Option<&InputStats>) -> Tensor {
-        Tensor::from_f32(weight.f32().iter().map(|w| w.abs()).collect(), weight.shape())
+        Tensor::from_f32(weight.f32().par_iter().map(|w| w.abs()).collect(), weight.shape())
     }
 }
 

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
@@ -66,6 +67,9 @@ impl From<Pattern> for String {
     }
 }
 
+/// Rows that a thread takes at a time.
+const ROWS: usize = 16;
+
 /// Writes the mask of `values`, rows of `row_len` elements: 1 for the `keep` largest magnitudes of each
 /// `of` neighbours in a row, 0 for the others.
 ///
@@ -81,16 +85,18 @@ pub fn mask_rows(values: &[f32], row_len: usize, pattern: Pattern, mask: &mut [u
     );
     assert_eq!(values.len(), mask.len(), "mask of another length than the values");
     let size = |x: f32| if x.is_nan() { -1.0 } else { x.abs() };
-    for (values, mask) in values.chunks(row_len).zip(mask.chunks_mut(row_len)) {
-        for (group, mask) in values.chunks(pattern.of).zip(mask.chunks_mut(pattern.of)) {
-            for (i, &x) in group.iter().enumerate() {
-                // Everything before i that is as large goes first, everything after it only if larger.
-                let before = group[..i].iter().filter(|&&y| size(y) >= size(x)).count();
-                let after = group[i + 1..].iter().filter(|&&y| size(y) > size(x)).count();
-                mask[i] = (before + after < pattern.keep) as u8;
+    values.par_chunks(row_len).zip(mask.par_chunks_mut(row_len)).with_min_len(ROWS).for_each(
+        |(values, mask)| {
+            for (group, mask) in values.chunks(pattern.of).zip(mask.chunks_mut(pattern.of)) {
+                for (i, &x) in group.iter().enumerate() {
+                    // Everything before i that is as large goes first, everything after it only if larger.
+                    let before = group[..i].iter().filter(|&&y| size(y) >= size(x)).count();
+                    let after = group[i + 1..].iter().filter(|&&y| size(y) > size(x)).count();
+                    mask[i] = (before + after < pattern.keep) as u8;
+                }
             }
-        }
-    }
+        },
+    );
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use super::state::{SCALE, State};
 use crate::arch::{self, Layout};
 use crate::config::{self, Schedule};
 use crate::distill::{Mix, Sums, Terms, loss};
-use crate::forward::{Bound, Compute, forward};
+use crate::forward::{Bound, Compute, forward, prepare};
 use crate::model::Model;
 use crate::params::Weight;
 use crate::sparsity::{Pattern, mask_rows};
@@ -154,6 +154,10 @@ impl<'a> Stepper<'a> {
             .filter(|e| e.layout == Layout::Constant)
             .map(|e| e.ours)
             .collect();
+        prepare(&spec, student.attention, how.compute);
+        if let Some(teacher) = how.teacher {
+            prepare(&teacher.spec, teacher.attention, how.compute);
+        }
         let quiet = Tape::inference();
         let teacher =
             how.teacher.map(|t| (t, Bound::new(&quiet, &t.params, MaskGradient::Kept, how.compute)));
@@ -178,7 +182,7 @@ impl<'a> Stepper<'a> {
         let (how, o) = (self.how, self.how.optimizer);
         let mut summed: Option<(Sums, Gradients)> = None;
         for part in parts {
-            let (sums, gradients) = self.differentiate(student, part, step);
+            let (sums, gradients) = how.compute.training(|| self.differentiate(student, part, step));
             match &mut summed {
                 None => summed = Some((sums, gradients)),
                 Some((all, sum)) => {

@@ -158,7 +158,7 @@ mod tests {
     }
 
     fn step(element: DType, quantises: bool, recomputes: bool) -> Step {
-        let compute = Compute { device: Device::Cpu, element };
+        let compute = Compute { element, ..Compute::CPU };
         Step { length: 384, teacher: true, quantises, recomputes, accumulates: false, compute }
     }
 

@@ -1,5 +1,6 @@
 //! Dense matrix products by cuBLASLt.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ffi::c_void;
@@ -15,6 +16,25 @@ use crate::{DType, Tensor};
 
 /// Bytes cuBLASLt may use beside the operands; 32 MiB is what it recommends for Hopper.
 const WORKSPACE: usize = 32 << 20;
+
+thread_local! {
+    /// Whether the thread is inside [`with_tf32`].
+    static TF32: Cell<bool> = const { Cell::new(false) };
+}
+
+/// `f`, whose products of f32 matrices on a GPU round their operands to TF32: 10 bits of fraction, which tensor cores
+/// multiply. Sums stay f32. Codes of 8 bits are not rounded by it.
+pub fn with_tf32<R>(f: impl FnOnce() -> R) -> R {
+    /// Takes it back, after a panic too.
+    struct Back(bool);
+    impl Drop for Back {
+        fn drop(&mut self) {
+            TF32.set(self.0);
+        }
+    }
+    let _back = Back(TF32.replace(true));
+    f()
+}
 
 /// A row-major f32 or bf16 matrix inside [`Memory`].
 #[derive(Clone, Copy)]
@@ -86,6 +106,7 @@ struct Shape {
     bias: bool,
     /// Of the operands and of the result.
     dtypes: (DType, DType),
+    tf32: bool,
     /// Bytes that all addresses are multiples of.
     alignment: u32,
 }
@@ -164,6 +185,7 @@ impl Blas {
             on_gpu: matches!(p.alpha, Factor::Gpu(_)),
             bias: p.bias.is_some(),
             dtypes: (p.a.dtype, p.c.dtype),
+            tf32: p.a.dtype == DType::F32 && TF32.get(),
             alignment: [p.a, p.b, p.c]
                 .iter()
                 .fold(256, |all, o| all.min(1 << o.address().trailing_zeros().min(8))),
@@ -231,7 +253,11 @@ impl Blas {
             DType::F16 => sys::cudaDataType::CUDA_R_16F,
             other => panic!("no matrix products of {other:?}"),
         };
-        let description = result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, F32)?;
+        let compute = match s.tf32 {
+            true => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
+            false => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+        };
+        let description = result::create_matmul_desc(compute, F32)?;
         let layout = |dtype, rows: usize, columns: usize, (stride, transposed): (usize, bool)| {
             // As stored: row-major [r, c] is column-major [c, r].
             let (r, c) = if transposed { (columns, rows) } else { (rows, columns) };

@@ -27,6 +27,7 @@ use crate::Device;
 use cudarc::driver::{CudaContext, DriverError, result, sys};
 
 pub use arena::{Arena, Layout, Pinned};
+pub use blas::with_tf32;
 pub(crate) use kernels::{Source, Variant, source};
 pub use kernels::{cache_folder, fnv, versions, write_cached};
 pub use stream::{Graph, Stream};

@@ -4,6 +4,10 @@
 //! Shapes: a *row* is the last dimension; all leading dimensions are flattened. Operations whose
 //! arguments disagree in shape panic: [`crate::Tensor`] explains why.
 
+use crate::cuda::Source;
+use crate::{DType, Device};
+use activation::Activation;
+
 pub mod activation;
 pub mod add;
 pub mod attention;
@@ -30,9 +34,8 @@ pub mod sparse_linear;
 pub mod varlen_attention;
 pub mod weighted_sum;
 
-/// The kernels of every operation that has some.
-#[cfg(test)]
-pub(crate) const SOURCES: &[&crate::cuda::Source] = &[
+/// The kernels of every operation that has some for each element type.
+pub(crate) const SOURCES: &[&Source] = &[
     &add::SOURCE,
     &attention::SOURCE,
     &cast::SOURCE,
@@ -54,6 +57,29 @@ pub(crate) const SOURCES: &[&crate::cuda::Source] = &[
     &select::SOURCE,
     &weighted_sum::SOURCE,
 ];
+
+/// What decides which kernels a model is trained with.
+#[derive(Clone, Debug, Default)]
+pub struct Trained {
+    /// Activation functions.
+    pub functions: Vec<Activation>,
+    /// Widths of heads, with their attention's pattern.
+    pub heads: Vec<(usize, Option<(usize, usize)>)>,
+}
+
+/// Compiles what a training step with activations of type `element` needs and the cache on disk lacks, on all threads: one
+/// kernel after the other, when each is first launched, takes three times as long. Nothing to do on a CPU.
+pub fn prepare(device: Device, element: DType, model: &Trained) {
+    let Device::Cuda(gpu) = device else { return };
+    let flash =
+        model.heads.iter().filter_map(|&(width, pattern)| attention::kernels(element, width, pattern));
+    let functions = model.functions.iter().map(|&f| activation::kernels(f, element));
+    let mut types = vec![element, DType::F32];
+    types.dedup();
+    let plain = SOURCES.iter().flat_map(|s| types.iter().map(|t| s.of(*t)));
+    // Those that take longest first.
+    gpu.prepare(&flash.chain(functions).chain(plain).collect::<Vec<_>>());
+}
 
 /// Kernels that are compiled for more than an element type: for any GPU, and for Hopper alone.
 #[cfg(test)]

@@ -1,7 +1,6 @@
 use super::Activation;
-use crate::cuda::reduce::Strips;
+use crate::cuda::reduce::{Strips, Sums};
 use crate::cuda::{Arg, Gpu, Grid, Source, Variant};
-use crate::ops::lsq;
 use crate::{DType, Tensor};
 
 /// The functions in CUDA, for sources that apply one to what they have in registers.
@@ -15,7 +14,7 @@ pub(crate) use functions;
 static SOURCE: Source = Source { name: "activation", text: concat!(functions!(), include_str!("kernel.cu")) };
 
 /// The kernels of a function.
-fn variant(function: Activation, element: DType) -> Variant {
+pub(crate) fn variant(function: Activation, element: DType) -> Variant {
     SOURCE.with(element, &[("FUNCTION", number(Some(function)))])
 }
 
@@ -48,7 +47,7 @@ pub(super) fn forward(gpu: Gpu, x: &Tensor, function: Activation) -> Tensor {
 }
 
 /// The input's gradient and its column sums.
-pub(super) fn backward(gpu: Gpu, grad: &Tensor, x: &Tensor, function: Activation) -> (Tensor, Tensor) {
+pub(super) fn backward(gpu: Gpu, grad: &Tensor, x: &Tensor, function: Activation) -> (Tensor, Sums) {
     let dx = Tensor::stale_of(gpu, x.dtype(), x.shape());
     let strips = Strips::of(gpu, x, 1);
     gpu.launch(
@@ -65,7 +64,7 @@ pub(super) fn backward(gpu: Gpu, grad: &Tensor, x: &Tensor, function: Activation
             strips.per_part.into(),
         ],
     );
-    (dx, strips.finish(gpu).remove(0))
+    (dx, strips.sums().remove(0))
 }
 
 /// The codes of the function's values, and if `bytes` also as i8. With a `pair`, `x` is rounded to that grid before.
@@ -102,7 +101,7 @@ pub(super) fn codes_backward(
     step: &Tensor,
     pair: Option<&Tensor>,
     divisor: f32,
-) -> (Tensor, Tensor, Tensor, Option<Tensor>) {
+) -> (Tensor, Sums, Sums, Option<Sums>) {
     let dx = Tensor::stale_of(gpu, x.dtype(), x.shape());
     let strips = Strips::of(gpu, x, if pair.is_some() { 3 } else { 2 });
     gpu.launch(
@@ -121,8 +120,8 @@ pub(super) fn codes_backward(
             strips.per_part.into(),
         ],
     );
-    let mut sums = strips.finish(gpu).into_iter();
+    let mut sums = strips.sums().into_iter();
     let of_x = sums.next().expect("at least two sums");
-    let mut steps = sums.map(|shares| lsq::step_gradient(gpu, &shares, divisor));
+    let mut steps = sums.map(|shares| shares.total(divisor));
     (dx, of_x, steps.next().expect("at least two sums"), steps.next())
 }

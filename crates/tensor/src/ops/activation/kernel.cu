@@ -12,16 +12,17 @@ extern "C" __global__ void forward(T *out, const T *x, long long n) {
 // The INT8 codes of F(x) in the type that F(x) would have, and as bytes where these are wanted (n is a multiple of PACK
 // then). With a `pair`, x is first rounded to its grid.
 extern "C" __global__ void codes(T *out, Bytes *bytes, const T *x, const float *step, const float *pair, long long n) {
-    float s = *step, p = pair ? *pair : 0.0f;
+    float p = pair ? *pair : 1.0f;
+    Codes codes(*step), grid(p);
     PACKS(i, n) {
         Pack a = load(x, i, n);
         Bytes b;
         for (int k = 0; k < PACK; k++) {
-            if (pair) a.v[k] = lsq_code(a.v[k], p) * p;
+            if (pair) a.v[k] = grid(a.v[k]) * p;
             a.v[k] = F::value(a.v[k]);
-            float code = lsq_code(a.v[k], s);
-            a.v[k] = code;
-            b.v[k] = (signed char)code;
+            float above = codes.above(a.v[k]);
+            a.v[k] = __fsub_rn(above, CODE_ZERO);
+            b.v[k] = (signed char)__float_as_int(above);
         }
         store(out, i, n, a);
         if (bytes) bytes[i / PACK] = b;
@@ -34,12 +35,12 @@ template <int COUNT, bool PAIR>
 __device__ inline void backward_of_codes(float *parts, T *dx, const T *grad, const T *x, const float *step,
                                       const float *pair, long long rows, long long width, long long per_part) {
     float inverse = 1.0f / *step, p = PAIR ? *pair : 1.0f, inverse_p = 1.0f / p;
-    Step grid(p);
+    Codes grid(p);
     strip<COUNT, 2 + PAIR>(parts, rows, width, per_part, [&](long long r, long long c, float (*sum)[COUNT]) {
         Some<COUNT> a = some<COUNT>(x + r * width + c), g = some<COUNT>(grad + r * width + c);
         for (int k = 0; k < COUNT; k++) {
             T at = a.v[k], y, d;
-            if (PAIR) at = (float)grid.code(at) * p;
+            if (PAIR) at = grid(at) * p;
             float slope, part;
             y = F::value_and_slope(at, &slope);
             sum[1][k] += lsq_element(g.v[k], y, inverse, &part);

@@ -5,7 +5,7 @@ mod cuda;
 
 #[cfg(test)]
 pub(crate) use cuda::variants;
-pub(crate) use cuda::{functions, number};
+pub(crate) use cuda::{functions, number, variant as kernels};
 
 use super::lsq::{self, Quantized};
 use crate::{Device, Tape, Tensor, Var};
@@ -55,9 +55,9 @@ pub fn quantized(tape: &Tape, x: &Var, function: Activation, scale: &Var, pair: 
         let pair = p2.as_ref().map(Var::value);
         let (dx, sums, ds, dp) =
             cuda::codes_backward(gpu, grad, x2.value(), function, s2.value(), pair, divisor);
-        grads.add(&s2, ds);
+        grads.add_sums(&s2, ds);
         if let (Some(pair), Some(dp)) = (&p2, dp) {
-            grads.add(pair, dp);
+            grads.add_sums(pair, dp);
         }
         grads.add_with_sums(&x2, dx, sums);
     });

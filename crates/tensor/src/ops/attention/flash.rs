@@ -67,6 +67,13 @@ pub(crate) fn variants() -> Vec<Variant> {
     WIDTHS.into_iter().flat_map(of).collect()
 }
 
+/// Those for heads of `width` and this pattern, if there are some.
+pub(crate) fn kernels(element: DType, width: usize, pattern: Option<(usize, usize)>) -> Option<Variant> {
+    let group = pattern.map_or(0, |(_, of)| of);
+    let fits = element == DType::Bf16 && WIDTHS.contains(&width) && GROUPS.contains(&group);
+    fits.then(|| variant(width, group))
+}
+
 fn variant(width: usize, group: usize) -> Variant {
     SOURCE.with(DType::Bf16, &[("D", width), ("OF", group)])
 }

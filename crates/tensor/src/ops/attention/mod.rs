@@ -10,8 +10,8 @@ mod cpu;
 mod cuda;
 mod flash;
 
-#[cfg(test)]
 pub(crate) use cuda::SOURCE;
+pub(crate) use flash::kernels;
 #[cfg(test)]
 pub(crate) use flash::variants as flash_variants;
 

@@ -2,7 +2,6 @@
 
 mod cuda;
 
-#[cfg(test)]
 pub(crate) use cuda::SOURCE;
 
 use crate::{DType, Device, Tape, Tensor, Var};

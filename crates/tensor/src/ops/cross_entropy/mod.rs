@@ -4,7 +4,6 @@ mod cpu;
 mod cuda;
 
 pub(crate) use cpu::log_sum_exp;
-#[cfg(test)]
 pub(crate) use cuda::SOURCE;
 pub(crate) use cuda::mean;
 

@@ -1,5 +1,5 @@
 use super::Saved;
-use crate::cuda::reduce::Strips;
+use crate::cuda::reduce::{Strips, Sums};
 use crate::cuda::{Arg, Gpu, Grid, Source, source};
 use crate::{Device, Tensor};
 
@@ -44,8 +44,8 @@ pub(super) fn forward(
     (y, saved)
 }
 
-/// Gradients of input, gain and bias, and the column sums of the first.
-pub(super) fn backward(gpu: Gpu, grad: &Tensor, saved: &Saved, gain: &Tensor) -> [Tensor; 4] {
+/// The input's gradient; those of gain and bias, and the column sums of the first.
+pub(super) fn backward(gpu: Gpu, grad: &Tensor, saved: &Saved, gain: &Tensor) -> (Tensor, [Sums; 3]) {
     let (rows, width) = (grad.rows(), grad.width());
     let dx = Tensor::stale_of(gpu, grad.dtype(), grad.shape());
     let means = Tensor::stale_on(Device::Cuda(gpu), &[rows, 2]);
@@ -80,6 +80,6 @@ pub(super) fn backward(gpu: Gpu, grad: &Tensor, saved: &Saved, gain: &Tensor) ->
             strips.per_part.into(),
         ],
     );
-    let [dbias, dgain, sums] = strips.finish(gpu).try_into().expect("three sums");
-    [dx, dgain, dbias, sums]
+    let [dbias, dgain, sums] = strips.sums().try_into().expect("three sums");
+    (dx, [dgain, dbias, sums])
 }

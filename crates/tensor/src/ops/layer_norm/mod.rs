@@ -4,7 +4,6 @@ mod cpu;
 mod cuda;
 
 pub(crate) use cpu::lane_sum;
-#[cfg(test)]
 pub(crate) use cuda::SOURCE;
 
 use crate::{Device, Tape, Tensor, Var};
@@ -26,18 +25,20 @@ pub fn layer_norm(tape: &Tape, x: &Var, residual: Option<&Var>, gain: &Var, bias
     let (x2, r2, g2, b2) = (x.clone(), residual.cloned(), gain.clone(), bias.clone());
     tape.push(y, &inputs, move |grad, grads| {
         let saved = saved.expect("kept when tracked");
-        let (dx, dgain, dbias, sums) = match grad.device() {
+        let (dx, sums) = match grad.device() {
             Device::Cpu => {
                 let (dx, dgain, dbias) = cpu::backward(grad, &saved, g2.value());
-                (dx, dgain, dbias, None)
+                grads.add(&g2, dgain);
+                grads.add(&b2, dbias);
+                (dx, None)
             }
             Device::Cuda(gpu) => {
-                let [dx, dgain, dbias, sums] = cuda::backward(gpu, grad, &saved, g2.value());
-                (dx, dgain, dbias, Some(sums))
+                let (dx, [dgain, dbias, sums]) = cuda::backward(gpu, grad, &saved, g2.value());
+                grads.add_sums(&g2, dgain);
+                grads.add_sums(&b2, dbias);
+                (dx, Some(sums))
             }
         };
-        grads.add(&g2, dgain);
-        grads.add(&b2, dbias);
         if let Some(r) = &r2 {
             grads.add(r, dx.clone());
         }

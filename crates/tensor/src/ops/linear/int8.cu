@@ -138,8 +138,9 @@ extern "C" __global__ void __launch_bounds__(256, 2)
         if (!z) continue;
         int part = (column + c) / range;
         float s = *(part == 0 ? s0 : part == 1 ? s1 : s2);
+        Codes codes(s);
 #pragma unroll
-        for (int k = 0; k < PACK; k++) p.v[k] = lsq_code(p.v[k], s) * s;
+        for (int k = 0; k < PACK; k++) p.v[k] = codes(p.v[k]) * s;
         *(Pack *)(z + at) = p;
     }
 }

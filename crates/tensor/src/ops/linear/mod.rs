@@ -6,10 +6,9 @@ mod cuda;
 use super::lsq::{self, Quantized};
 use super::{add, cast};
 use crate::cuda::Gpu;
-use crate::cuda::reduce::column_sums;
-use crate::{DType, Device, Tape, Tensor, Var};
+use crate::cuda::reduce::{Sums, column_sums};
+use crate::{DType, Device, Grads, Tape, Tensor, Var};
 
-#[cfg(test)]
 pub(crate) use cuda::{BYTES, SOURCE};
 
 /// `x` `[.., in]` times `weight` `[out, in]` transposed, plus `bias` `[out]`: `[.., out]`. On a GPU, `x` and `weight`
@@ -34,7 +33,7 @@ pub fn linear_as(tape: &Tape, x: &Var, weight: &Var, bias: Option<&Var>, element
             weight_gradient(&grad, x2.value(), None, sum);
         }
         if let Some(b) = b2.filter(|b| grads.wants(b)) {
-            grads.add(&b, sums.unwrap_or_else(|| bias_gradient(&grad)));
+            add_bias_gradient(grads, &b, &grad, sums);
         }
     })
 }
@@ -100,7 +99,7 @@ pub fn quantized_linear(
             weight_gradient(&grad, cx2.value(), Some(&sx), sum);
         }
         if let Some(b) = b2.filter(|b| grads.wants(b)) {
-            grads.add(&b, bias_gradient(&grad));
+            add_bias_gradient(grads, &b, &grad, None);
         }
     });
     match outputs {
@@ -151,7 +150,7 @@ fn bytes_linear(
             let (dy, of_columns, of_steps) =
                 lsq::ranges_backward(gpu, &grad, &y.reshape(grad.shape()), &steps, divisor);
             for (s, ds) in outputs.iter().zip(of_steps) {
-                grads.add(s, ds);
+                grads.add_sums(s, ds);
             }
             (grad, sums) = (dy, Some(of_columns));
         }
@@ -163,7 +162,7 @@ fn bytes_linear(
             weight_gradient(&grad, cx.value(), Some(&sx), sum);
         }
         if let Some(b) = b2.filter(|b| grads.wants(b)) {
-            grads.add(&b, sums.unwrap_or_else(|| bias_gradient(&grad)));
+            add_bias_gradient(grads, &b, &grad, sums);
         }
     })
 }
@@ -193,10 +192,12 @@ fn weight_gradient(grad: &Tensor, x: &Tensor, factor: Option<&Tensor>, sum: &mut
     }
 }
 
-fn bias_gradient(grad: &Tensor) -> Tensor {
-    match grad.device() {
-        Device::Cpu => cpu::bias_gradient(grad),
-        Device::Cuda(gpu) => column_sums(gpu, grad, None).remove(0),
+/// The column sums of `grad`, which may be known.
+fn add_bias_gradient(grads: &mut Grads, bias: &Var, grad: &Tensor, known: Option<Sums>) {
+    match (known, grad.device()) {
+        (Some(sums), _) => grads.add_sums(bias, sums),
+        (None, Device::Cpu) => grads.add(bias, cpu::bias_gradient(grad)),
+        (None, Device::Cuda(gpu)) => grads.add_sums(bias, column_sums(gpu, grad, None).remove(0)),
     }
 }
 
@@ -204,6 +205,7 @@ fn bias_gradient(grad: &Tensor) -> Tensor {
 mod tests {
     use super::super::check::{check, check_bf16, close, devices, noise};
     use super::super::int8_linear::{self, Int8Weight};
+    use super::super::layer_norm;
     use super::super::lsq::FakeWeight;
     use super::super::select;
     use super::*;
@@ -238,6 +240,58 @@ mod tests {
                 |x| reference(x, width),
             );
             check_bf16(&inputs, &[0, 1, 2], wide, |x| reference(x, width));
+        }
+    }
+
+    /// Rounded operands leave errors that f32 does not, and no more than TF32's: 2^-11 of each operand. Codes are exact.
+    #[test]
+    fn tf32_rounds_operands_and_no_codes() {
+        for device in devices().into_iter().filter(|d| *d != Device::Cpu) {
+            let (x, w) = (noise(&[64, 256], 1), noise(&[32, 256], 2));
+            let run = || {
+                let tape = Tape::recording();
+                let [x, w] = [&x, &w].map(|t| tape.leaf(t.to(device)));
+                let y = linear(&tape, &x, &w, None);
+                let loss = super::super::weighted_sum::dot(&tape, &y, &noise(&[64, 32], 3));
+                let y = y.value().to(Device::Cpu).f32().to_vec();
+                let mut grads = tape.backward(&loss);
+                let rest = [&x, &w].map(|v| grads.take(v).unwrap().to(Device::Cpu).f32().to_vec());
+                [vec![y], rest.to_vec()].concat().concat()
+            };
+            let (exact, rounded) = (run(), crate::cuda::with_tf32(run));
+            let error = |x: &[f32]| {
+                let squares = x.iter().zip(&exact).map(|(a, b)| ((a - b) as f64).powi(2)).sum::<f64>();
+                (squares / exact.iter().map(|x| (*x as f64).powi(2)).sum::<f64>()).sqrt()
+            };
+            let relative = error(&rounded);
+            assert!(relative > 1e-5 && relative < 2f64.powi(-10), "{device:?}: {relative}");
+            assert!(error(&run()) == 0.0, "it ends with what it was asked for");
+            crate::cuda::with_tf32(|| agree(65, 49, 1040, true, 3));
+            device.check().unwrap();
+        }
+    }
+
+    /// Of several parts of rows, and one has its sums from the norm behind it: on a GPU all are sums that were put off.
+    #[test]
+    fn a_bias_of_two_maps_gets_the_gradients_of_both() {
+        for device in devices() {
+            let run = |shared: bool| {
+                let tape = Tape::recording();
+                let leaf = |shape: &[usize], seed| tape.leaf(noise(shape, seed).to(device));
+                let (x, w, gain, first) =
+                    (leaf(&[300, 8], 1), leaf(&[8, 8], 2), leaf(&[8], 4), leaf(&[8], 3));
+                let second = if shared { first.clone() } else { leaf(&[8], 3) };
+                let y = linear(&tape, &x, &w, Some(&first));
+                let y = layer_norm::layer_norm(&tape, &y, None, &gain, &second, 1e-5);
+                let y = linear(&tape, &y, &w, Some(&second));
+                let loss = super::super::weighted_sum::dot(&tape, &y, &noise(&[300, 8], 5));
+                let mut grads = tape.backward(&loss);
+                let mut of = |bias: &Var| grads.take(bias).unwrap().to(Device::Cpu).f32().to_vec();
+                let sum = of(&first);
+                if shared { sum } else { sum.iter().zip(of(&second)).map(|(a, b)| a + b).collect() }
+            };
+            let (shared, apart) = (run(true), run(false));
+            close("bias", &shared, &apart.iter().map(|&x| x as f64).collect::<Vec<_>>(), 1e-6);
         }
     }
 

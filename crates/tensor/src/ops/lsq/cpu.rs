@@ -26,6 +26,24 @@ pub fn code(x: f32, s: f32) -> f32 {
     (v + SHIFT) - SHIFT
 }
 
+/// The sum of squared differences of `x` to their grid points of step size `s`.
+pub fn square_error(x: &[f32], s: f32) -> f64 {
+    simd(|| {
+        let mut lanes = [0.0f64; 16];
+        let (chunks, tail) = x.as_chunks::<16>();
+        let error = |x: f32| {
+            let e = f64::from(x - code(x, s) * s);
+            e * e
+        };
+        for chunk in chunks {
+            for (lane, x) in lanes.iter_mut().zip(chunk) {
+                *lane += error(*x);
+            }
+        }
+        lanes.iter().sum::<f64>() + tail.iter().map(|&x| error(x)).sum::<f64>()
+    })
+}
+
 pub(super) fn codes(x: &Tensor, s: f32) -> Tensor {
     map(x, |x| code(x, s))
 }

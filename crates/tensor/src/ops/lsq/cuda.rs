@@ -1,5 +1,5 @@
 use super::{FakeWeight, takes_bytes};
-use crate::cuda::reduce::Strips;
+use crate::cuda::reduce::{Strips, Sums};
 use crate::cuda::{Arg, Gpu, Grid, Memory, Source, source};
 use crate::ops::add;
 use crate::{DType, Device, Tensor};
@@ -41,7 +41,7 @@ pub(super) fn backward(
     scale: &Tensor,
     divisor: f32,
     sum: &mut Option<Tensor>,
-) -> Tensor {
+) -> Sums {
     let (n, device) = (x.len(), Device::Cuda(gpu));
     // In place if nobody else has what is there.
     let add = sum.as_ref().is_some_and(|sum| !sum.shared() && sum.dtype() == x.dtype());
@@ -70,15 +70,7 @@ pub(super) fn backward(
         Some(sum) => add::accumulate(sum, &dx),
         None => *sum = Some(dx),
     }
-    scale_gradient(gpu, parts.memory().into(), blocks, divisor)
-}
-
-/// The sum of `parts` floats at `at`, divided.
-pub(super) fn scale_gradient(gpu: Gpu, at: Arg, parts: usize, divisor: f32) -> Tensor {
-    let ds = Tensor::stale_on(Device::Cuda(gpu), &[1]);
-    let arguments = [ds.memory().into(), at, parts.into(), divisor.into()];
-    gpu.launch(&SOURCE, "scale_gradient", Grid::blocks(1), &arguments);
-    ds
+    Sums::of(parts).total(divisor)
 }
 
 /// Of [`super::ranges_backward`].
@@ -88,7 +80,7 @@ pub(super) fn ranges_backward(
     x: &Tensor,
     scales: &[&Tensor],
     divisor: f32,
-) -> (Tensor, Tensor, Vec<Tensor>) {
+) -> (Tensor, Sums, Vec<Sums>) {
     let (rows, width) = (x.rows(), x.width());
     let range = width / scales.len();
     let dx = Tensor::stale_of(gpu, x.dtype(), x.shape());
@@ -113,23 +105,17 @@ pub(super) fn ranges_backward(
             strips.per_part.into(),
         ],
     );
-    let [sums, shares] = strips.finish(gpu).try_into().expect("two sums");
-    let first = shares.memory().address();
-    let of_range = |i: usize| {
-        let at = Arg::Pointer(first + (i * range * size_of::<f32>()) as u64);
-        scale_gradient(gpu, at, range, divisor)
-    };
+    let [sums, shares] = strips.sums().try_into().expect("two sums");
+    let of_range = |i: usize| shares.range(i * range, range).total(divisor);
     (dx, sums, (0..scales.len()).map(of_range).collect())
 }
 
-/// What the kernels know of all weights: a table, and for each group its first entry, entries, first block and blocks.
+/// What the kernels know of all weights: a table, and of each weight its group, its first row there and its blocks.
 pub(super) struct Weights {
     table: Memory,
-    groups: Vec<[usize; 4]>,
+    places: Vec<(usize, usize)>,
+    blocks: usize,
 }
-
-/// Words of the table for a weight.
-const ENTRY: usize = 11;
 
 /// A group's codes: of type `element`; or as i8, and with them the values in that type.
 pub(super) fn weight_codes(
@@ -137,16 +123,15 @@ pub(super) fn weight_codes(
     groups: &[Vec<FakeWeight>],
     element: DType,
 ) -> (Weights, Vec<(Tensor, Option<Tensor>, Tensor)>) {
-    let (mut table, mut of_groups, mut out) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut table, mut places, mut out) = (Vec::new(), Vec::new(), Vec::new());
     let mut blocks = 0;
-    for group in groups {
+    for (which, group) in groups.iter().enumerate() {
         let rows: usize = group.iter().map(|w| w.weight.shape()[0]).sum();
         let width = group[0].weight.value().width();
         let bytes = takes_bytes(Device::Cuda(gpu), element, width) && rows.is_multiple_of(8);
         let codes = Tensor::stale_of(gpu, if bytes { DType::I8 } else { element }, &[rows, width]);
         let values = bytes.then(|| Tensor::stale_of(gpu, element, &[rows, width]));
         let scale = Tensor::stale_on(Device::Cuda(gpu), &[rows]);
-        let (first_block, first_entry) = (blocks, table.len() / ENTRY);
         let mut row = 0;
         for w in group {
             assert_eq!(w.weight.value().width(), width, "weights of one group");
@@ -166,46 +151,48 @@ pub(super) fn weight_codes(
                 at(&scale.reshape(&[scale.len(), 1]), row),
                 rows as u64,
                 width as u64,
-                row as u64,
                 blocks as u64,
             ]);
+            places.push((which, row));
             row += rows;
             blocks += rows.div_ceil(ROWS);
         }
-        of_groups.push([first_entry, group.len(), first_block, blocks - first_block]);
         out.push((codes, values, scale));
     }
-    let entries = (table.len() / ENTRY) as i32;
     let table = gpu.upload(&table);
-    let arguments = [(&table).into(), entries.into()];
+    let arguments = [(&table).into(), (places.len() as i32).into()];
     gpu.launch(SOURCE.of(element), "weight_codes", Grid::blocks(blocks), &arguments);
-    (Weights { table, groups: of_groups }, out)
+    (Weights { table, places, blocks }, out)
 }
 
-/// Gradients of the weights and step sizes of group `which`, `[rows, width]` and `[rows]`; they must be alive.
+/// Makes the gradients of codes, `[rows, width]` for each group that has one, those of its weights, and gives those of its
+/// step sizes, `[rows]`: in one launch. The weights must be alive.
 pub(super) fn weight_backward(
     gpu: Gpu,
-    grad: &Tensor,
+    grads: &mut [Option<Tensor>],
     weights: &Weights,
-    which: usize,
     element: DType,
-) -> (Tensor, Tensor) {
-    let device = Device::Cuda(gpu);
-    let (dw, ds) = (Tensor::stale_on(device, grad.shape()), Tensor::stale_on(device, &[grad.rows()]));
-    let [first, entries, before, blocks] = weights.groups[which];
-    let table = weights.table.address() + (first * ENTRY * size_of::<u64>()) as u64;
-    gpu.launch(
-        SOURCE.of(element),
-        "weight_backward",
-        Grid::blocks(blocks),
-        &[
-            dw.memory().into(),
-            ds.memory().into(),
-            grad.memory().into(),
-            Arg::Pointer(table),
-            (entries as i32).into(),
-            (before as u32).into(),
-        ],
-    );
-    (dw, ds)
+) -> Vec<Option<Tensor>> {
+    let of_steps =
+        |grad: &Option<Tensor>| grad.as_ref().map(|g| Tensor::stale_on(Device::Cuda(gpu), &[g.rows()]));
+    let steps: Vec<Option<Tensor>> = grads.iter().map(of_steps).collect();
+    // Shared storage is copied.
+    let bases: Vec<(u64, u64, usize)> = grads
+        .iter_mut()
+        .zip(&steps)
+        .map(|(grad, steps)| match (grad, steps) {
+            (Some(g), Some(s)) => (g.memory_mut().address(), s.memory().address(), g.width()),
+            _ => (0, 0, 0),
+        })
+        .collect();
+    let float = size_of::<f32>() as u64;
+    let of_weight = |&(which, row): &(usize, usize)| match bases[which] {
+        (0, ..) => [0, 0],
+        (grad, steps, width) => [grad + (row * width) as u64 * float, steps + row as u64 * float],
+    };
+    let table: Vec<u64> = weights.places.iter().flat_map(of_weight).collect();
+    let table = gpu.upload(&table);
+    let arguments = [(&weights.table).into(), (&table).into(), (weights.places.len() as i32).into()];
+    gpu.launch(SOURCE.of(element), "weight_backward", Grid::blocks(weights.blocks), &arguments);
+    steps
 }

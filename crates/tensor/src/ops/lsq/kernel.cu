@@ -1,13 +1,13 @@
 // Where the codes are wanted as bytes too, n is a multiple of PACK.
 extern "C" __global__ void codes(T *out, Bytes *bytes, const T *x, const float *scale, long long n) {
-    float s = *scale;
+    Codes codes(*scale);
     PACKS(i, n) {
         Pack a = load(x, i, n);
         Bytes b;
         for (int k = 0; k < PACK; k++) {
-            float code = lsq_code(a.v[k], s);
-            a.v[k] = code;
-            b.v[k] = (signed char)code;
+            float above = codes.above(a.v[k]);
+            a.v[k] = __fsub_rn(above, CODE_ZERO);
+            b.v[k] = (signed char)__float_as_int(above);
         }
         store(out, i, n, a);
         if (bytes) bytes[i / PACK] = b;
@@ -16,9 +16,10 @@ extern "C" __global__ void codes(T *out, Bytes *bytes, const T *x, const float *
 
 extern "C" __global__ void dequantised(T *out, const T *x, const float *scale, long long n) {
     float s = *scale;
+    Codes codes(s);
     PACKS(i, n) {
         Pack a = load(x, i, n);
-        for (int k = 0; k < PACK; k++) a.v[k] = lsq_code(a.v[k], s) * s;
+        for (int k = 0; k < PACK; k++) a.v[k] = codes(a.v[k]) * s;
         store(out, i, n, a);
     }
 }
@@ -60,15 +61,7 @@ extern "C" __global__ void ranges_backward(float *parts, T *dx, const T *grad, c
     });
 }
 
-extern "C" __global__ void scale_gradient(float *ds, const float *parts, long long n, float divisor) {
-    float sum = 0;
-    EACH(i, n) sum += parts[i];
-    sum = block_sum(sum);
-    if (threadIdx.x == 0) *ds = sum / divisor;
-}
-
-// A weight of a group whose rows stand one below the other: this one's begin at first_row. The codes are wanted as T, or
-// as bytes and dequantised. A warp for each row, eight rows a block.
+// A weight. The codes are wanted as T, or as bytes and dequantised. A warp for each row, eight rows a block.
 struct Weight {
     const float *w, *scale;
     const u8 *mask;
@@ -76,7 +69,7 @@ struct Weight {
     signed char *bytes;
     T *values;
     float *scales;
-    long long rows, width, first_row, first_block;
+    long long rows, width, first_block;
 };
 
 // Runs f(column, count) over a row, four columns at a time where rows allow it.
@@ -93,6 +86,7 @@ extern "C" __global__ void weight_codes(const Weight *table, int entries) {
     int lane = threadIdx.x % 32;
     if (row >= e.rows) return;
     float s = e.scale[row];
+    Codes codes(s);
     if (lane == 0) e.scales[row] = s;
     quads(e.width, lane, [&](long long c, int count) {
         long long at = row * e.width + c;
@@ -105,11 +99,11 @@ extern "C" __global__ void weight_codes(const Weight *table, int entries) {
             w.x = e.w[at];
             mask.x = e.mask[at];
         }
-        float code[4] = {lsq_code(w.x * (float)mask.x, s)};
+        float code[4] = {codes(w.x * (float)mask.x)};
         if (count == 4) {
-            code[1] = lsq_code(w.y * (float)mask.y, s);
-            code[2] = lsq_code(w.z * (float)mask.z, s);
-            code[3] = lsq_code(w.w * (float)mask.w, s);
+            code[1] = codes(w.y * (float)mask.y);
+            code[2] = codes(w.z * (float)mask.z);
+            code[3] = codes(w.w * (float)mask.w);
         }
         for (int k = 0; k < count; k++) {
             if (e.codes) e.codes[at + k] = code[k];
@@ -122,33 +116,38 @@ extern "C" __global__ void weight_codes(const Weight *table, int entries) {
     });
 }
 
-// `grad`, dw and ds are those of a group, whose weights are the table's and whose blocks begin at `before` among all.
-extern "C" __global__ void weight_backward(float *dw, float *ds, const float *grad, const Weight *table, int entries,
-                                           u32 before) {
-    const Weight &e = own_entry(table, entries, blockIdx.x + before);
-    long long row = (blockIdx.x + before - e.first_block) * 8 + threadIdx.x / 32, to = e.first_row + row;
+// Where a weight's gradient is, which that of its codes becomes in place, and where its step sizes' gradients go; null if
+// it has none.
+struct Gradients {
+    float *w, *scale;
+};
+
+extern "C" __global__ void weight_backward(const Weight *table, const Gradients *gradients, int entries) {
+    const Weight &e = own_entry(table, entries, blockIdx.x);
+    const Gradients &to = gradients[&e - table];
+    long long row = (blockIdx.x - e.first_block) * 8 + threadIdx.x / 32;
     int lane = threadIdx.x % 32;
-    if (row >= e.rows) return;
+    if (row >= e.rows || !to.w) return;
     float inverse = 1.0f / e.scale[row], sum = 0;
     quads(e.width, lane, [&](long long c, int count) {
-        long long at = row * e.width + c, out = to * e.width + c;
+        long long at = row * e.width + c;
         auto one = [&](float g, float w, float m) {
             float d;
             sum += lsq_element(g, w * m, inverse, &d);
             return d * m;
         };
         if (count == 1) {
-            dw[out] = one(grad[out], e.w[at], (float)e.mask[at]);
+            to.w[at] = one(to.w[at], e.w[at], (float)e.mask[at]);
             return;
         }
-        float4 g = *(const float4 *)(grad + out), w = *(const float4 *)(e.w + at), d;
+        float4 g = *(const float4 *)(to.w + at), w = *(const float4 *)(e.w + at), d;
         uchar4 m = *(const uchar4 *)(e.mask + at);
         d.x = one(g.x, w.x, (float)m.x);
         d.y = one(g.y, w.y, (float)m.y);
         d.z = one(g.z, w.z, (float)m.z);
         d.w = one(g.w, w.w, (float)m.w);
-        *(float4 *)(dw + out) = d;
+        *(float4 *)(to.w + at) = d;
     });
     sum = warp_sum(sum);
-    if (lane == 0) ds[to] = sum / sqrtf(e.width * QMAX);
+    if (lane == 0) to.scale[row] = sum / sqrtf(e.width * QMAX);
 }

@@ -10,13 +10,14 @@
 mod cpu;
 mod cuda;
 
-pub use cpu::code;
-#[cfg(test)]
+pub use cpu::{code, square_error};
 pub(crate) use cuda::SOURCE;
 
-use std::sync::Arc;
+use std::cell::RefCell;
+use std::rc::Rc;
 
 use crate::cuda::Gpu;
+use crate::cuda::reduce::Sums;
 use crate::{DType, Device, Tape, Tensor, Var};
 
 /// Largest code. The grid is symmetric, so -128 is no code.
@@ -90,26 +91,19 @@ pub(crate) fn divisor(tape: &Tape, n: usize) -> f32 {
 fn with_gradient(tape: &Tape, y: Tensor, x: &Var, scale: &Var) -> Var {
     let (x2, s2) = (x.clone(), scale.clone());
     let divisor = divisor(tape, x.value().len());
-    tape.push(y, &[x, scale], move |grad, grads| {
-        let ds = match grad.device() {
-            Device::Cpu => {
-                let (dx, ds) = cpu::backward(grad, x2.value(), s2.value().item(), divisor);
-                grads.add(&x2, dx);
-                ds
-            }
-            Device::Cuda(gpu) => {
-                let mut unwanted = None;
-                let sum = grads.slot(&x2).unwrap_or(&mut unwanted);
-                cuda::backward(gpu, grad, x2.value(), s2.value(), divisor, sum)
-            }
-        };
-        grads.add(&s2, ds);
+    tape.push(y, &[x, scale], move |grad, grads| match grad.device() {
+        Device::Cpu => {
+            let (dx, ds) = cpu::backward(grad, x2.value(), s2.value().item(), divisor);
+            grads.add(&x2, dx);
+            grads.add(&s2, ds);
+        }
+        Device::Cuda(gpu) => {
+            let mut unwanted = None;
+            let sum = grads.slot(&x2).unwrap_or(&mut unwanted);
+            let ds = cuda::backward(gpu, grad, x2.value(), s2.value(), divisor, sum);
+            grads.add_sums(&s2, ds);
+        }
     })
-}
-
-/// The gradient of a step size from `shares` of it and its [`divisor`]. On a GPU.
-pub(crate) fn step_gradient(gpu: Gpu, shares: &Tensor, divisor: f32) -> Tensor {
-    cuda::scale_gradient(gpu, shares.memory().into(), shares.len(), divisor)
 }
 
 /// What a linear map's fused output pair hands back: of `x` `[.., width]`, dequantised with one of `scales` for each
@@ -121,7 +115,7 @@ pub(crate) fn ranges_backward(
     x: &Tensor,
     scales: &[&Tensor],
     divisor: f32,
-) -> (Tensor, Tensor, Vec<Tensor>) {
+) -> (Tensor, Sums, Vec<Sums>) {
     cuda::ranges_backward(gpu, grad, x, scales, divisor)
 }
 
@@ -160,24 +154,35 @@ pub fn quantize_weights(tape: &Tape, groups: &[Vec<FakeWeight>], element: DType)
         }
         Device::Cuda(gpu) => {
             let (weights, made) = cuda::weight_codes(gpu, groups, element);
-            let weights = Arc::new(weights);
-            let pushed =
-                groups.iter().zip(made).enumerate().map(|(which, (group, (codes, values, scale)))| {
-                    let inputs: Vec<&Var> = group.iter().flat_map(|w| [&w.weight, &w.scale]).collect();
-                    let (group, weights) = (group.clone(), weights.clone());
-                    let codes = tape.push(codes, &inputs, move |grad, grads| {
-                        let (dw, ds) = cuda::weight_backward(gpu, grad, &weights, which, element);
-                        let shapes = |of: fn(&FakeWeight) -> &Var| -> Vec<Vec<usize>> {
-                            group.iter().map(|w| of(w).shape().to_vec()).collect()
-                        };
-                        let (dw, ds) = (dw.split(&shapes(|w| &w.weight)), ds.split(&shapes(|w| &w.scale)));
-                        for ((w, dw), ds) in group.iter().zip(dw).zip(ds) {
-                            grads.add(&w.weight, dw);
-                            grads.add(&w.scale, ds);
-                        }
-                    });
-                    Quantized { values, ..Quantized::new(codes, scale) }
+            let groups: Rc<[Vec<FakeWeight>]> = groups.into();
+            // The gradients of all codes are collected and turned into the weights' at once, by a node that comes after
+            // those of the groups: it has no elements, and so has its gradient.
+            let collected = Rc::new(RefCell::new(vec![None; groups.len()]));
+            let inputs: Vec<&Var> = groups.iter().flatten().flat_map(|w| [&w.weight, &w.scale]).collect();
+            let (all, of_codes) = (groups.clone(), collected.clone());
+            let together = tape.push(Tensor::zeros(&[0]), &inputs, move |_, grads| {
+                let mut of_codes = of_codes.take();
+                let of_steps = cuda::weight_backward(gpu, &mut of_codes, &weights, element);
+                for ((group, dw), ds) in all.iter().zip(of_codes).zip(of_steps) {
+                    let (Some(dw), Some(ds)) = (dw, ds) else { continue };
+                    let shapes = |of: fn(&FakeWeight) -> &Var| -> Vec<Vec<usize>> {
+                        group.iter().map(|w| of(w).shape().to_vec()).collect()
+                    };
+                    let (dw, ds) = (dw.split(&shapes(|w| &w.weight)), ds.split(&shapes(|w| &w.scale)));
+                    for ((w, dw), ds) in group.iter().zip(dw).zip(ds) {
+                        grads.add(&w.weight, dw);
+                        grads.add(&w.scale, ds);
+                    }
+                }
+            });
+            let pushed = made.into_iter().enumerate().map(|(which, (codes, values, scale))| {
+                let (together, collected) = (together.clone(), collected.clone());
+                let codes = tape.push_owned(codes, &[&together.clone()], move |grad, grads| {
+                    collected.borrow_mut()[which] = Some(grad);
+                    grads.add(&together, Tensor::zeros(&[0]));
                 });
+                Quantized { values, ..Quantized::new(codes, scale) }
+            });
             pushed.collect()
         }
     }

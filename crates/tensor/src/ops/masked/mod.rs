@@ -3,7 +3,6 @@
 mod cpu;
 mod cuda;
 
-#[cfg(test)]
 pub(crate) use cuda::SOURCE;
 
 use crate::{DType, Device, Tape, Tensor, Var};

@@ -1,4 +1,4 @@
-use crate::cuda::reduce::column_sums;
+use crate::cuda::reduce::{Sums, column_sums};
 use crate::cuda::{Gpu, Grid, Source, source};
 use crate::{Device, Tensor};
 
@@ -28,13 +28,7 @@ pub(super) fn forward(gpu: Gpu, x: &Tensor, gain: &Tensor, eps: f32) -> (Tensor,
     (y, rstd)
 }
 
-pub(super) fn backward(
-    gpu: Gpu,
-    grad: &Tensor,
-    x: &Tensor,
-    rstd: &Tensor,
-    gain: &Tensor,
-) -> (Tensor, Tensor) {
+pub(super) fn backward(gpu: Gpu, grad: &Tensor, x: &Tensor, rstd: &Tensor, gain: &Tensor) -> (Tensor, Sums) {
     let rows = x.rows();
     let [dx, normal] = [(); 2].map(|()| Tensor::stale_of(gpu, x.dtype(), x.shape()));
     gpu.launch(

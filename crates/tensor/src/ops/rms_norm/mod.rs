@@ -3,7 +3,6 @@
 mod cpu;
 mod cuda;
 
-#[cfg(test)]
 pub(crate) use cuda::SOURCE;
 
 use crate::{Device, Tape, Tensor, Var};
@@ -12,13 +11,17 @@ use crate::{Device, Tape, Tensor, Var};
 pub fn rms_norm(tape: &Tape, x: &Var, gain: &Var, eps: f32) -> Var {
     let (y, rstd) = compute(x.value(), gain.value(), eps);
     let (x2, g2) = (x.clone(), gain.clone());
-    tape.push(y, &[x, gain], move |grad, grads| {
-        let (dx, dgain) = match grad.device() {
-            Device::Cpu => cpu::backward(grad, x2.value(), rstd.f32(), g2.value()),
-            Device::Cuda(gpu) => cuda::backward(gpu, grad, x2.value(), &rstd, g2.value()),
-        };
-        grads.add(&x2, dx);
-        grads.add(&g2, dgain);
+    tape.push(y, &[x, gain], move |grad, grads| match grad.device() {
+        Device::Cpu => {
+            let (dx, dgain) = cpu::backward(grad, x2.value(), rstd.f32(), g2.value());
+            grads.add(&x2, dx);
+            grads.add(&g2, dgain);
+        }
+        Device::Cuda(gpu) => {
+            let (dx, dgain) = cuda::backward(gpu, grad, x2.value(), &rstd, g2.value());
+            grads.add(&x2, dx);
+            grads.add_sums(&g2, dgain);
+        }
     })
 }
 

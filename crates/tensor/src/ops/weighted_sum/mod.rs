@@ -2,7 +2,6 @@
 
 mod cuda;
 
-#[cfg(test)]
 pub(crate) use cuda::SOURCE;
 
 use crate::{Device, Tape, Tensor, Var};
