@@ -74,13 +74,13 @@ enum Held {
 /// (README), because who times kernels may stop after a few.
 const WIDE: [(usize, usize, Held); 8] = [
     (3, 128, Held::Registers),
+    (3, 96, Held::Registers),
     (3, 192, Held::Streamed(1)),
     (2, 192, Held::Registers),
     (2, 256, Held::Streamed(2)),
-    (3, 128, Held::Streamed(1)),
     (2, 128, Held::Registers),
+    (3, 128, Held::Streamed(1)),
     (2, 192, Held::Streamed(2)),
-    (3, 96, Held::Registers),
 ];
 
 /// Tokens of a tile of one warpgroup, for few tokens.
@@ -165,12 +165,20 @@ impl Wgmma {
         if self.groups == 1 && self.registers(sparse) <= 128 { 2 } else { 1 }
     }
 
-    /// Bytes for finished tiles on their way out, the most of any epilogue, and for sums from other blocks.
+    /// Tokens that a group stores at a time.
+    fn at_once(self) -> usize {
+        match self.tokens / self.split {
+            done if done.is_multiple_of(64) => 64,
+            done if done.is_multiple_of(48) => 48,
+            done => done.min(32),
+        }
+    }
+
+    /// Bytes for finished tiles on their way out (two for each group, the most of any epilogue), and for sums from
+    /// other blocks.
     fn staging(self) -> usize {
         let gathered = if self.split > 1 { self.groups * 64 * self.tokens * 4 } else { 0 };
-        let done = self.tokens / self.split;
-        let at_once = if done.is_multiple_of(64) { 64 } else { done.min(32) };
-        self.groups * 64 * at_once * DType::F16.size() + gathered
+        self.groups * 2 * 64 * self.at_once() * DType::F16.size() + gathered
     }
 
     /// Stages that fit beside it.
@@ -236,6 +244,11 @@ pub(super) fn mma(tokens: usize) -> Vec<Kernel> {
     suits.map(|tokens| Kernel(Form::Mma { tokens })).collect()
 }
 
+/// Whether each row of the output begins at a multiple of 16 bytes, as copies of so many and the copy engine need.
+fn aligned(e: &Epilogue) -> bool {
+    (e.scale.len() * e.store.dtype().size()).is_multiple_of(16)
+}
+
 /// The constants that both sources are compiled with.
 fn options(
     sparse: bool,
@@ -251,6 +264,7 @@ fn options(
         Store::Codes { activation, .. } => (2, *activation),
     };
     vec![
+        ("ALIGNED", aligned(e).into()),
         ("SPARSE", sparse.into()),
         ("BN", tokens),
         ("STAGES", stages),
@@ -314,6 +328,32 @@ pub(super) fn launch(kernel: &Kernel, x: &Tensor, w: &Weight, e: &Epilogue, out:
         Store::Codes { step, .. } => Some(step),
         _ => None,
     };
+    let (name, first, blocks, threads): (_, Vec<Arg>, _, _) = match kernel.0 {
+        Form::Mma { tokens: tile } => {
+            let blocks = shape.rows.div_ceil(64) * tokens.div_ceil(tile);
+            ("multiply_tiles", vec![x.memory().into()], blocks, 128)
+        }
+        Form::Wgmma(k) => {
+            // A block takes tile after tile, but each that shares inputs one: the sums of the next would meet those of
+            // this. A resident weight needs a block for each of its rows.
+            let tiles = k.tiles(shape.rows, tokens);
+            let slots = chip.multiprocessors * k.per_sm(shape.sparse) / k.cluster;
+            let clusters = if k.split > 1 { tiles } else { tiles.min(slots.max(k.tiles(shape.rows, 1))) };
+            let from = TensorMap::boxes(x.memory(), tokens, shape.cols, (k.tokens / k.cluster, COLS));
+            let to = match e.store {
+                Store::Half | Store::Codes { .. } if aligned(e) => {
+                    let size = e.store.dtype().size();
+                    TensorMap::boxes(out.memory(), tokens, shape.rows * size, (k.at_once(), 64 * size))
+                }
+                // Not used.
+                _ => from,
+            };
+            // The GPU has failed with them, and nothing is started.
+            let (Some(from), Some(to)) = (from, to) else { return };
+            let blocks = clusters * k.cluster * k.split;
+            ("sparse_linear", vec![from.into(), to.into()], blocks, (k.groups + 1) * 128)
+        }
+    };
     let rest = [
         w.packed.memory().into(),
         e.scale.memory().into(),
@@ -325,24 +365,7 @@ pub(super) fn launch(kernel: &Kernel, x: &Tensor, w: &Weight, e: &Epilogue, out:
         (shape.rows as i32).into(),
         (shape.cols as i32).into(),
     ];
-    let (name, first, blocks, threads) = match kernel.0 {
-        Form::Mma { tokens: tile } => {
-            let blocks = shape.rows.div_ceil(64) * tokens.div_ceil(tile);
-            ("multiply_tiles", x.memory().into(), blocks, 128)
-        }
-        Form::Wgmma(k) => {
-            // A block takes tile after tile, but each that shares inputs one: the sums of the next would meet those of
-            // this. A resident weight needs a block for each of its rows.
-            let tiles = k.tiles(shape.rows, tokens);
-            let slots = chip.multiprocessors * k.per_sm(shape.sparse) / k.cluster;
-            let clusters = if k.split > 1 { tiles } else { tiles.min(slots.max(k.tiles(shape.rows, 1))) };
-            let map = TensorMap::rows(x.memory(), tokens, shape.cols, k.tokens / k.cluster);
-            // The GPU has failed with it, and nothing is started.
-            let Some(map) = map else { return };
-            ("sparse_linear", map.into(), clusters * k.cluster * k.split, (k.groups + 1) * 128)
-        }
-    };
-    let arguments: Vec<Arg> = std::iter::once(first).chain(rest).collect();
+    let arguments: Vec<Arg> = first.into_iter().chain(rest).collect();
     let grid = Grid { blocks: [blocks as u32, 1, 1], threads: threads as u32, shared: shared as u32 };
     gpu.launch_early(variant, name, grid, &arguments);
 }
@@ -353,7 +376,7 @@ pub(super) fn launch(kernel: &Kernel, x: &Tensor, w: &Weight, e: &Epilogue, out:
 pub(crate) fn variants() -> (Vec<Variant>, Vec<Variant>) {
     let ones = Tensor::full(&[1], 1.0);
     let epilogue = |store, full: bool| Epilogue {
-        scale: ones.clone(),
+        scale: if full { Tensor::full(&[16], 1.0) } else { ones.clone() },
         bias: full.then(|| ones.clone()),
         output_step: full.then(|| ones.clone()),
         store,
@@ -443,9 +466,10 @@ mod tests {
         for (rows, cols, tokens, name) in [
             (2304, 768, 12_288, "wgmma 192x128 resident"),
             (3072, 768, 12_288, "wgmma 192x128 resident"),
-            (768, 768, 12_288, "wgmma 192x192 streamed"),
+            (768, 768, 12_288, "wgmma 192x128 resident"),
             (768, 3072, 12_288, "wgmma 192x192 streamed"),
-            (4096, 1024, 12_288, "wgmma 128x192 resident"),
+            (3072, 1024, 12_288, "wgmma 192x96 resident"),
+            (4096, 1024, 12_288, "wgmma 192x96 resident"),
             (1024, 4096, 12_288, "wgmma 128x256 cluster 2 streamed"),
             (2304, 768, 384, "wgmma 64x128 streamed"),
             (768, 768, 384, "wgmma 64x64 streamed"),

@@ -30,8 +30,8 @@ constexpr bool SMOOTH = ACT != NONE && ACT != RELU;
 // The factors of one feature.
 struct Feature {
     float scale, bias, pair, pair_inverse, step, step_inverse;
-    // Of what activations read, where that is not exact in any case: (acc * scale + bias) / pair in one operation; the
-    // activation's last factor and the code's.
+    // Of what activations read, where that is not exact in any case: (acc * scale + bias) / pair in one operation, as a
+    // part of -QMAX..QMAX if there is a pair; the activation's last factor and the code's.
     float fused_scale, fused_bias, gain;
 };
 
@@ -44,6 +44,7 @@ __device__ inline Feature feature(const Epilogue &e, int row) {
     if (PAIR) f.pair = e.pair[row], f.pair_inverse = __frcp_rn(f.pair);
     if (STORE == CODES) f.step = e.step[row], f.step_inverse = __frcp_rn(f.step);
     f.fused_scale = f.scale * f.pair_inverse, f.fused_bias = f.bias * f.pair_inverse;
+    if (PAIR) f.fused_scale /= 2 * QMAX, f.fused_bias = f.fused_bias / (2 * QMAX) + 0.5f;
     f.gain = ACT == TANH ? f.step_inverse : 0.5f * f.pair * f.step_inverse;
     return f;
 }
@@ -55,9 +56,11 @@ __device__ inline float quotient(float x, float s, float inverse) {
     return __fmaf_rn(__fmaf_rn(-q, s, x), inverse, q);
 }
 
-// Rounded half to even and clamped to the codes. Adding 1.5 * 2^23 leaves no fraction in a float.
+// Adding 1.5 * 2^23 leaves no fraction in a float.
+constexpr float WHOLE = 12582912.0f;
+
+// Rounded half to even and clamped to the codes.
 __device__ inline float rounded(float q) {
-    constexpr float WHOLE = 12582912.0f;
     return __fsub_rn(__fadd_rn(fminf(fmaxf(q, -QMAX), QMAX), WHOLE), WHOLE);
 }
 
@@ -120,8 +123,14 @@ __device__ inline u32 codes(float low, float high) {
 
 __device__ inline u32 code_pair(int a, int b, const Feature *f) {
     if constexpr (SMOOTH) {
-        float x[2] = {fmaf((float)a, f[0].fused_scale, f[0].fused_bias), fmaf((float)b, f[1].fused_scale, f[1].fused_bias)};
-        if (PAIR) x[0] = rounded(x[0]), x[1] = rounded(x[1]);
+        float x[2] = {(float)a, (float)b};
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            if (PAIR) {
+                // Clamped by the saturation to 0..1, which costs nothing, and rounded.
+                asm("fma.rn.sat.f32 %0, %0, %1, %2;" : "+f"(x[i]) : "f"(f[i].fused_scale), "f"(f[i].fused_bias));
+                x[i] = __fsub_rn(fmaf(x[i], 2 * QMAX, WHOLE - QMAX), WHOLE);
+            } else x[i] = fmaf(x[i], f[i].fused_scale, f[i].fused_bias);
         u32 h = halves(x[0], x[1]);
         if (PAIR) h = multiply2(h, halves(f[0].pair, f[1].pair));
         u32 t = tanh2(h);
@@ -142,9 +151,10 @@ __device__ inline u32 code_pair(int a, int b, const Feature *f) {
 constexpr int DONE = BN / SPLIT;
 
 // 64 features of EN tokens lie in shared memory, a row for each token; chunks of 16 bytes are exchanged so that neither
-// the writes of a warp nor its reads meet in a bank.
+// the writes of a warp nor its reads meet in a bank. It is the order that the copy engine calls 64-byte (codes) and
+// 128-byte (halves) swizzle.
 constexpr int STAGED_ROW = 64 * OUT_BYTES;
-constexpr int EN = DONE % 64 == 0 ? 64 : DONE < 32 ? DONE : 32;
+constexpr int EN = DONE % 64 == 0 ? 64 : DONE % 48 == 0 ? 48 : DONE < 32 ? DONE : 32;
 constexpr int STAGED = STORE == ACCUMULATORS ? 0 : EN * STAGED_ROW;
 
 __device__ inline u32 staged(u32 base, int token, int chunk) {
@@ -152,85 +162,77 @@ __device__ inline u32 staged(u32 base, int token, int chunk) {
     return base + token * STAGED_ROW + at * 16;
 }
 
-// Stores a warpgroup's 64 rows x DONE tokens; `acc` is in wgmma's order, `base` the group's own staging memory, `f` the
-// factors of this lane's two features and `sync` a barrier of the group.
-template <class Sync>
-__device__ inline void store_tile(int (&acc)[DONE / 2], const Feature *f, const Epilogue &e, u32 base, int row0,
-                                  int token0, Sync sync) {
+// Stores a warpgroup's 64 rows x DONE tokens of sums, in wgmma's order, as they are.
+__device__ inline void store_sums(const int *acc, const Epilogue &e, int row0, int token0) {
+    int thread = threadIdx.x % 128, g = thread % 32 / 4, t = thread % 4;
+    int *out = (int *)e.out, row = row0 + thread / 32 * 16 + 2 * g;
+#pragma unroll
+    for (int i = 0; i < DONE / 2; i++) {
+        int token = token0 + i / 4 * 8 + 2 * t + i % 2, r = row + i % 4 / 2;
+        if (token < e.tokens && r < e.rows) out[(long long)token * e.rows + r] = acc[i];
+    }
+}
+
+// Finishes the sums of EN tokens and lays them out at `base`. `f` has the factors of this lane's two features.
+__device__ inline void stage(const int *acc, const Feature *f, u32 base) {
     int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
-    if constexpr (STORE == ACCUMULATORS) {
-        int *out = (int *)e.out;
-        int row = row0 + warp * 16 + 2 * g;
+    if constexpr (STORE == HALF) {
 #pragma unroll
-        for (int i = 0; i < DONE / 2; i++) {
-            int token = token0 + i / 4 * 8 + 2 * t + i % 2, r = row + i % 4 / 2;
-            if (token < e.tokens && r < e.rows) out[(long long)token * e.rows + r] = acc[i];
-        }
-        return;
-    }
-    // Where groups store while others multiply, a loop that stays one, and moves the sums that it has not come to:
-    // unrolled, the code of products and stores outgrows the instruction cache next to a scheduler.
-#pragma unroll (RESIDENT ? 1 : DONE / EN)
-    for (int first = 0; first < DONE; first += EN) {
-        if (token0 + first >= e.tokens) break;
-        sync();
-        if constexpr (STORE == HALF) {
+        for (int j = 0; j < EN / 8; j++)
 #pragma unroll
-            for (int j = 0; j < EN / 8; j++)
+            for (int k = 0; k < 2; k++) {
+                u32 h = halves(value(acc[j * 4 + k], f[0]), value(acc[j * 4 + k + 2], f[1]));
+                int token = j * 8 + 2 * t + k;
+                asm volatile("st.shared.b32 [%0], %1;" ::"r"(staged(base, token, warp * 2 + g / 4) + g % 4 * 4), "r"(h));
+            }
+    } else {
 #pragma unroll
-                for (int k = 0; k < 2; k++) {
-                    u32 h = halves(value(acc[j * 4 + k], f[0]), value(acc[j * 4 + k + 2], f[1]));
-                    int token = j * 8 + 2 * t + k;
-                    asm volatile("st.shared.b32 [%0], %1;" ::"r"(staged(base, token, warp * 2 + g / 4) + g % 4 * 4), "r"(h));
-                }
-        } else {
+        for (int j = 0; j < EN / 8; j += 2) {
+            u32 m[2];
 #pragma unroll
-            for (int j = 0; j < EN / 8; j += 2) {
-                u32 m[2];
-#pragma unroll
-                for (int k = 0; k < 2; k++) {
-                    const int *a = acc + (j + k) * 4;
-                    m[k] = __byte_perm(code_pair(a[0], a[2], f), code_pair(a[1], a[3], f), 0x5410);
-                }
-                u32 at = staged(base, j * 8 + lane % 16, warp);
+            for (int k = 0; k < 2; k++) {
+                const int *a = acc + (j + k) * 4;
+                m[k] = __byte_perm(code_pair(a[0], a[2], f), code_pair(a[1], a[3], f), 0x5410);
+            }
+            u32 at = staged(base, j * 8 + lane % 16, warp);
 #if __CUDA_ARCH__ >= 900
-                asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(at), "r"(m[0]), "r"(m[1]));
+            asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(at), "r"(m[0]), "r"(m[1]));
 #else
-                (void)at;
+            (void)at;
 #pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    int token = (j + k / 2) * 8 + 2 * t + k % 2;
-                    asm volatile("st.shared.b16 [%0], %1;" ::"r"(staged(base, token, warp) + 2 * g),
-                                 "h"((unsigned short)(m[k / 2] >> (k % 2 * 16))));
-                }
+            for (int k = 0; k < 4; k++) {
+                int token = (j + k / 2) * 8 + 2 * t + k % 2;
+                asm volatile("st.shared.b16 [%0], %1;" ::"r"(staged(base, token, warp) + 2 * g),
+                             "h"((unsigned short)(m[k / 2] >> (k % 2 * 16))));
+            }
 #endif
-            }
         }
-        sync();
-        // Chunks of 16 bytes go out as they are, if rows of the output begin at multiples of 16.
-        constexpr int CHUNKS = STAGED_ROW / 16, PER_THREAD = (EN * CHUNKS + 127) / 128;
-        if (e.rows * OUT_BYTES % 16 == 0) {
-#pragma unroll
-            for (int k = 0; k < PER_THREAD; k++) {
-                int i = thread + k * 128, token = token0 + first + i / CHUNKS, row = row0 + i % CHUNKS * (16 / OUT_BYTES);
-                if (i >= EN * CHUNKS || token >= e.tokens || row >= e.rows) continue;
-                uint4 v;
-                asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                             : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                             : "r"(staged(base, i / CHUNKS, i % CHUNKS)));
-                *(uint4 *)((char *)e.out + ((long long)token * e.rows + row) * OUT_BYTES) = v;
-            }
-        } else
-#pragma unroll 1
-            for (int i = thread; i < EN * STAGED_ROW; i += 128) {
-                int token = i / STAGED_ROW, byte = i % STAGED_ROW;
-                if (token0 + first + token >= e.tokens || row0 + byte / OUT_BYTES >= e.rows) continue;
-                u32 v;
-                asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(staged(base, token, byte / 16) + byte % 16));
-                ((u8 *)e.out)[((long long)(token0 + first + token) * e.rows + row0) * OUT_BYTES + byte] = v;
-            }
-        if (first + EN < DONE)
-#pragma unroll
-            for (int i = 0; i < DONE / 2 - EN / 2; i++) acc[i] = acc[i + EN / 2];
     }
+}
+
+// Copies those tokens from `base` to the output with 128 threads. If ALIGNED, rows of the output begin at multiples of
+// 16 bytes, and chunks of that size go out as they are.
+__device__ inline void copy_out(const Epilogue &e, u32 base, int row0, int token0) {
+    int thread = threadIdx.x % 128;
+    if constexpr (ALIGNED) {
+        constexpr int CHUNKS = STAGED_ROW / 16, PER_THREAD = (EN * CHUNKS + 127) / 128;
+#pragma unroll
+        for (int k = 0; k < PER_THREAD; k++) {
+            int i = thread + k * 128, token = token0 + i / CHUNKS, row = row0 + i % CHUNKS * (16 / OUT_BYTES);
+            if (i >= EN * CHUNKS || token >= e.tokens || row >= e.rows) continue;
+            uint4 v;
+            asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                         : "r"(staged(base, i / CHUNKS, i % CHUNKS)));
+            *(uint4 *)((char *)e.out + ((long long)token * e.rows + row) * OUT_BYTES) = v;
+        }
+    } else
+#pragma unroll 1
+        for (int i = thread; i < EN * STAGED_ROW; i += 128) {
+            int token = i / STAGED_ROW, byte = i % STAGED_ROW;
+            if (token0 + token >= e.tokens || row0 + byte / OUT_BYTES >= e.rows) continue;
+            u32 v;
+            asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(staged(base, token, byte / 16) + byte % 16));
+            ((u8 *)e.out)[((long long)(token0 + token) * e.rows + row0) * OUT_BYTES + byte] = v;
+        }
 }

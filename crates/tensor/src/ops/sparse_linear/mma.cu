@@ -84,5 +84,13 @@ extern "C" __global__ void __launch_bounds__(128) multiply_tiles(const u8 *__res
     __syncthreads();
     int row = block * 64, first = row + thread / 32 * 16 + g * 2;
     Feature f[2] = {feature(e, first), feature(e, first + 1)};
-    store_tile(acc, f, e, memory, row, token0, [] { __syncthreads(); });
+    if constexpr (STORE == ACCUMULATORS) store_sums(acc, e, row, token0);
+    else
+#pragma unroll
+        for (int first = 0; first < DONE; first += EN) {
+            stage(acc + first / 2, f, memory);
+            __syncthreads();
+            copy_out(e, memory, row, token0 + first);
+            __syncthreads();
+        }
 }

@@ -67,6 +67,15 @@ __device__ inline void load_x(u32 to, const TensorMap *map, int col, int token, 
             : "memory");
 }
 
+// A box of shared memory to the output; what of it lies outside is not written.
+__device__ inline void send(const TensorMap *map, int column, int token, u32 from, bool mine) {
+    // Without a branch around it, which would end the overlap of products in the compiler's eyes.
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %4, 0;\n"
+                 "@p cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];\n"
+                 "cp.async.bulk.commit_group; }" ::"l"(map), "r"(column), "r"(token), "r"(from), "r"((int)mine)
+                 : "memory");
+}
+
 __device__ inline void load_w(u32 to, const void *from, u32 bytes, u32 bar) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                  "l"(from), "r"(bytes), "r"(bar)
@@ -130,6 +139,10 @@ struct Ring {
 };
 
 // Which tiles a cluster owns: blocks of CLUSTER * ROWS features by BN tokens. A resident weight keeps its features.
+// Others are taken in bands of so many blocks, in which features come before tokens, so that what is read at a time stays
+// in the L2 cache.
+constexpr int BAND = 8;
+
 struct Tiles {
     int block, tile, end, by, blocks;
     __device__ inline Tiles(const Epilogue &e) {
@@ -143,8 +156,15 @@ struct Tiles {
     }
     __device__ inline bool more() const { return tile < end; }
     __device__ inline void next() { tile += by; }
-    __device__ inline int token() const { return (RESIDENT ? tile : tile / blocks) * BN; }
-    __device__ inline int row() const { return (RESIDENT ? block : tile % blocks) * CLUSTER * ROWS; }
+    // The band's first block, its blocks, and the tile's place in it.
+    __device__ inline int3 band() const {
+        int size = BAND * (end / blocks), first = tile / size * BAND;
+        return {first, min(BAND, blocks - first), tile % size};
+    }
+    __device__ inline int token() const { return (RESIDENT ? tile : band().z / band().y) * BN; }
+    __device__ inline int row() const {
+        return (RESIDENT ? block : band().x + band().z % band().y) * CLUSTER * ROWS;
+    }
 };
 
 __device__ inline void cluster_barrier() {
@@ -187,7 +207,7 @@ __device__ inline void gather(const int (&acc)[BN / 2], int (&sums)[DONE / 2], u
 }
 
 extern "C" __global__ void __launch_bounds__(WGS * 128 + 128, PER_SM) __cluster_dims__(BLOCKS, 1, 1)
-sparse_linear(const __grid_constant__ TensorMap x, const u8 *__restrict__ w, EPILOGUE) {
+sparse_linear(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap y, const u8 *__restrict__ w, EPILOGUE) {
     const Epilogue e = {scale, bias, pair, step, out, tokens, rows, cols};
     extern __shared__ u8 dynamic[];
     __shared__ alignas(8) u64 barriers[2 * STAGES];
@@ -236,7 +256,8 @@ sparse_linear(const __grid_constant__ TensorMap x, const u8 *__restrict__ w, EPI
         int own = rank * ROWS + group * 64;
         int first = own + thread / 32 * 16 + thread % 32 / 4 * 2;
         auto sync = [&] { asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory"); };
-        u32 staging = memory + STAGES * STAGE + group * STAGED;
+        // Two halves: one is filled while the copy engine empties the other.
+        u32 staging = memory + STAGES * STAGE + group * 2 * STAGED, other = staging + STAGED;
         // Groups take turns, so that one's epilogue runs under the products of the others.
         auto turn = [&] { if (ORDERED) asm volatile("bar.sync %0, 256;" ::"r"(8 + group) : "memory"); };
         auto pass = [&] { if (ORDERED) asm volatile("bar.arrive %0, 256;" ::"r"(8 + (group + 1) % WGS) : "memory"); };
@@ -257,18 +278,32 @@ sparse_linear(const __grid_constant__ TensorMap x, const u8 *__restrict__ w, EPI
             } else held++;
         };
         auto finish = [&] {
-            pass();
             wait_products<0>();
             for (; held > 0; held--) release();
         };
         auto store = [&](const Feature *f, int row, int token) {
             int sums[DONE / 2];
-            gather(acc, sums, memory + STAGES * STAGE + WGS * STAGED, part, group);
-            store_tile(sums, f, e, staging, row, token + part * DONE, sync);
+            gather(acc, sums, memory + STAGES * STAGE + WGS * 2 * STAGED, part, group);
+            token += part * DONE;
+            if constexpr (STORE == ACCUMULATORS) return store_sums(sums, e, row, token);
+#pragma unroll
+            for (int i = 0; i < DONE; i += EN) {
+                stage(sums + i / 2, f, staging);
+                // The copy engine has read the other half: after the barrier all may write to it.
+                asm volatile("fence.proxy.async.shared::cta;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+                sync();
+                if (ALIGNED) send(&y, row * OUT_BYTES, token + i, staging, thread == 0);
+                else copy_out(e, staging, row, token + i);
+                u32 now = staging;
+                staging = other, other = now;
+            }
         };
-        if (group == WGS - 1) pass();
         if constexpr (RESIDENT) {
+            if (group == WGS - 1) pass();
             constexpr int KS = COLS / STEP;
+            // When the next group may begin: of three, two multiply at a time, which keeps the tensor cores busier than
+            // one whose products wait for each other.
+            constexpr int PASS = WGS == 3 ? KS / 2 : KS - 1;
             u32 a[KS][4], meta[KS];
             Tiles tiles(e);
             const u8 *from = w + (long long)min((tiles.row() + own) / 64, (e.rows - 1) / 64) * stages * CHUNK;
@@ -292,6 +327,7 @@ sparse_linear(const __grid_constant__ TensorMap x, const u8 *__restrict__ w, EPI
                     u32 at = memory + ring.stage * STAGE + k % STEPS * STEP;
                     Product<BN>::run(acc, a[k], descriptor(at), meta[k], k > 0);
                     if (k % STEPS == STEPS - 1 || k == KS - 1) issued();
+                    if (k == PASS) pass();
                 }
                 finish();
                 store(f, tiles.row() + own, tiles.token());
@@ -301,7 +337,6 @@ sparse_linear(const __grid_constant__ TensorMap x, const u8 *__restrict__ w, EPI
                 // A stage's share of the weight is in registers until its products are done.
                 u32 a[DEPTH + 1][STEPS][4], meta[DEPTH + 1][STEPS];
                 Feature f[2] = {feature(e, tiles.row() + first), feature(e, tiles.row() + first + 1)};
-                turn();
 #pragma unroll 1
                 for (int k0 = from_stage; k0 < to_stage; k0 += DEPTH + 1) {
 #pragma unroll
@@ -332,6 +367,7 @@ sparse_linear(const __grid_constant__ TensorMap x, const u8 *__restrict__ w, EPI
                 store(f, tiles.row() + own, tiles.token());
             }
         }
+        asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
     }
     // Nobody leaves while others may still write to its memory.
     if (CLUSTER > 1) cluster_barrier();
