@@ -206,6 +206,12 @@ batch_size stays the number of examples for one step of all GPUs together; each 
 those of one GPU, but for rounding. A process that fails ends all, and --resume goes on from the last checkpoint, on
 any number of GPUs.
 
+With --pipeline-parallel-size N in COMMAND each GPU has a part of the model's blocks instead, teacher and student, and
+the batch goes through them in parts of micro_batch_size, forward and back in turn (1F1B): for models whose training
+does not fit one GPU. The model itself must fit, to be calibrated and scored. It takes all N GPUs, and models with one
+stack of blocks. Results are those of one GPU with the same micro_batch_size, but for rounding.
+Example: gpusq launch --gpus 2 compress --pipeline-parallel-size 2 --model bert --task mrpc --data glue/MRPC --out small
+
 On several hosts, start the training command itself once for each GPU, by SLURM, MPI, Kubernetes or torchrun's
 `--no-python`, with these variables: RANK (0 to WORLD_SIZE-1), LOCAL_RANK (the GPU of the host), WORLD_SIZE (processes
 in all), MASTER_ADDR and MASTER_PORT (host of rank 0 and a free port there). Rank 0 alone writes to --out; model and data
@@ -246,7 +252,7 @@ fn training(name: &'static str, about: &'static str) -> Command {
     let command = Command::new(name).about(about);
     let command = match name {
         "reproduce" => command.args([experiment(), seeds(), keep_models()]),
-        _ => command.arg(seed()),
+        _ => command.args([seed(), pipeline()]),
     };
     let mut c = command.args([
         model(),
@@ -345,6 +351,15 @@ fn device() -> Arg {
         .value_name("DEVICE")
         .default_value("auto")
         .help("Where models are trained and run: cpu, cuda, cuda:1, or auto, a GPU if there is one")
+}
+
+fn pipeline() -> Arg {
+    Arg::new("pipeline")
+        .long("pipeline-parallel-size")
+        .value_name("P")
+        .value_parser(value_parser!(u16).range(1..=64))
+        .default_value("1")
+        .help("Split the model's blocks over this many processes, all there are (see `gpusq launch`), for models that do not fit one GPU; 1: each has the whole model")
 }
 
 fn batches(default: &'static str) -> Arg {

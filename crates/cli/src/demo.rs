@@ -109,6 +109,7 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
         command: args::typed(),
         compute,
         group: Group::alone(),
+        pipeline_parallel_size: 1,
     };
     let (dense_dir, with_dir, without_dir) =
         (out.join("dense"), out.join("compressed"), out.join("no-distill"));

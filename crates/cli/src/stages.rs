@@ -12,6 +12,7 @@ use gpusq::outdir::{self, Held};
 use gpusq::preflight::preflight;
 use gpusq::task::{Dataset, Scores, Split, Task, Tokenizer, task};
 use gpusq::tensor::Group;
+use gpusq::train::sections;
 use gpusq::{Error, Result, report};
 use serde_json::json;
 
@@ -44,6 +45,7 @@ pub(crate) struct Start<'g> {
     resume: bool,
     compute: Compute,
     group: &'g Group,
+    pipeline: usize,
     /// Why the device is the CPU where a GPU was looked for.
     no_gpu: Option<String>,
     progress: Progress,
@@ -90,6 +92,9 @@ impl<'g> Start<'g> {
             Head::New => model.set_task(task, config.seed)?,
             Head::Either => {}
         }
+        // `gpusq reproduce` has no such flag.
+        let pipeline = m.try_get_one::<u16>("pipeline").ok().flatten().map_or(1, |&n| usize::from(n));
+        sections(&model.spec, pipeline, group.size())?;
         args::check_length(m, &config, &model)?;
         let load = |split| args::load_data(task, data, split, &tokenizer, config.data.max_length, &model);
         let (train, dev) = (load(Split::Train)?, load(Split::Dev)?);
@@ -107,6 +112,7 @@ impl<'g> Start<'g> {
             resume,
             compute,
             group,
+            pipeline,
             no_gpu,
             progress,
         })
@@ -125,6 +131,7 @@ impl<'g> Start<'g> {
             command: args::typed(),
             compute: self.compute,
             group: self.group,
+            pipeline_parallel_size: self.pipeline,
         }
     }
 
@@ -146,6 +153,7 @@ impl<'g> Start<'g> {
                 &self.dev,
                 &fits,
                 self.group.size(),
+                self.pipeline,
                 teacher,
                 stages,
                 self.command != "finetune",

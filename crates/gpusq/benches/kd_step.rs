@@ -44,6 +44,7 @@ fn step(c: &mut Criterion) {
             stop_loss: None,
             seed: 1,
             checkpoint: None,
+            pipeline_parallel_size: 1,
             pad: 0,
             compute: Compute::CPU,
             group: Group::alone(),

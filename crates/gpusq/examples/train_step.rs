@@ -1,11 +1,13 @@
 //! Times one knowledge-distillation step on random weights and tokens: teacher and student forward, span loss + KL +
 //! features, backward, clipping, AdamW.
 //!
-//! `train_step SIZE BATCH LENGTH DEVICE PRECISION dense|gpusq [STEPS [recompute]]`, with SIZE tiny, mini, base or large. `gpusq` is the
-//! second stage of compression: 2:4 weights, fake quantisation, 2:4 attention. One line: median step, peak memory.
+//! `train_step SIZE BATCH LENGTH DEVICE PRECISION dense|gpusq [STEPS [recompute|pipeline]]`, with SIZE tiny, mini, base or
+//! large. `gpusq` is the second stage of compression: 2:4 weights, fake quantisation, 2:4 attention. One line: median step, peak memory; and one
+//! with the time of every step.
 //!
 //! As one of several processes (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) it trains with the others, BATCH on
-//! each, with DEVICE cuda on the GPU of its LOCAL_RANK; the losses are those of one process with all their batches.
+//! each, with DEVICE cuda on the GPU of its LOCAL_RANK; the losses are those of one process with all their batches. With
+//! `pipeline` each has a part of the model, BATCH is that of all, and MICRO_BATCH sequences are computed at a time.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -53,8 +55,7 @@ fn join() -> Option<Group> {
 fn main() {
     let start = Instant::now();
     let words: Vec<String> = std::env::args().skip(1).collect();
-    let usage =
-        "train_step tiny|mini|base|large BATCH LENGTH DEVICE f32|bf16 dense|gpusq [STEPS [recompute]]";
+    let usage = "train_step tiny|mini|base|large BATCH LENGTH DEVICE f32|bf16 dense|gpusq [STEPS [recompute|pipeline]]";
     let [size, batch, length, device, precision, what, rest @ ..] = &words[..] else {
         panic!("usage: {usage}")
     };
@@ -69,7 +70,10 @@ fn main() {
     };
     let (device, _) = Device::named(&device).unwrap();
     group.compute_on(device).unwrap();
-    let all = batch * group.size();
+    let pipeline = rest.get(1).is_some_and(|word| word == "pipeline");
+    let all = if pipeline { batch } else { batch * group.size() };
+    let micro = std::env::var("MICRO_BATCH").ok().and_then(|n| n.parse().ok());
+    let micro = micro.unwrap_or(if pipeline { batch.div_ceil(2 * group.size()) } else { batch });
     let mut settings = config::Config::default();
     settings.set("precision", precision).unwrap();
     let compute = Compute::new(device, settings.precision).unwrap();
@@ -87,7 +91,8 @@ fn main() {
     let tokens = Tokens { batch: all, length, ids, types: vec![0; all * length], mask: None };
     let targets = Targets::Spans { start: vec![5; all], end: vec![9; all] };
     let whole = Batch { inputs: Inputs { tokens, target: None }, targets };
-    let parts = whole.parts(group.rank(), group.size(), batch, true);
+    let (rank, size_of_group) = if pipeline { (0, 1) } else { (group.rank(), group.size()) };
+    let parts = whole.parts(rank, size_of_group, micro, true);
     if what == "gpusq" {
         settings.prune.attention = Some(Pattern::TWO_FOUR);
         for m in [&mut teacher, &mut student] {
@@ -114,12 +119,13 @@ fn main() {
         stop_loss: None,
         seed: 1,
         checkpoint: None,
+        pipeline_parallel_size: if pipeline { group.size() } else { 1 },
         pad: 0,
         compute,
         group,
     };
     let stepper = Stepper::new(&student, &how).unwrap();
-    student.params = student.params.to(device);
+    student.params = stepper.own(&student.params).to(device);
     let mut moments = BTreeMap::new();
     let mut times = Vec::new();
     let (mut first, mut last, mut to_first) = (f32::NAN, f32::NAN, 0.0);
@@ -131,27 +137,30 @@ fn main() {
             (first, to_first) = (terms.total, start.elapsed().as_secs_f64());
         }
         last = terms.total;
-        // The first steps allocate and choose algorithms.
-        if n >= 5 {
-            times.push(from.elapsed().as_secs_f64() * 1e3);
-        }
+        times.push(from.elapsed().as_secs_f64() * 1e3);
         if let Device::Cuda(gpu) = device {
             peak = gpu.peak_memory() as f64 / (1u64 << 30) as f64;
         }
     }
     if !group.is_first() {
+        println!("RANK {} peak={peak:.2}GiB", group.rank());
         return;
     }
+    let each: Vec<String> = times.iter().map(|ms| format!("{ms:.1}")).collect();
+    // The first steps allocate and choose algorithms.
+    let mut times = times.split_off(5);
     times.sort_by(f64::total_cmp);
     let median = times[times.len() / 2];
     println!(
-        "RESULT gpusq size={size} processes={} bs={batch} seq={length} on={compute} what={what} step_ms={median:.2} min={:.2} max={:.2} \
+        "RESULT gpusq size={size} processes={}{} bs={batch} micro={micro} seq={length} on={compute} what={what} step_ms={median:.2} min={:.2} max={:.2} \
          steps={} loss={first:.6}->{last:.6} peak={peak:.2}GiB first_step_s={to_first:.1} \
          tokens_per_s={:.0}",
         group.size(),
+        if pipeline { " (pipeline)" } else { "" },
         times[0],
         times[times.len() - 1],
         times.len(),
         (all * length) as f64 / median * 1e3
     );
+    println!("STEPS {}", each.join(" "));
 }

@@ -56,6 +56,8 @@ pub struct Run<'a> {
     /// The processes that train together. Rank 0 alone reads and writes `out`, scores and packs; the others have what
     /// they need to know from it.
     pub group: &'a Group,
+    /// Over how many of these the model is split: all, or 1 (each has the whole model and a part of every batch).
+    pub pipeline_parallel_size: usize,
 }
 
 /// What a run tells whoever watches.
@@ -264,7 +266,8 @@ impl Run<'_> {
         let identity = outdir::identity(kind, self.task.name, model, self.train, self.dev);
         let settings = self.config.to_toml();
         if self.group.size() > 1 {
-            self.group.agree("run", &format!("{identity}{settings}"))?;
+            let pipeline = format!("pipeline_parallel_size = {}", self.pipeline_parallel_size);
+            self.group.agree("run", &format!("{identity}{settings}\n{pipeline}"))?;
         }
         if !self.group.is_first() {
             return Ok(Held::by_rank_0());
@@ -357,7 +360,7 @@ impl Run<'_> {
             };
             let steps = total_steps(recipe.optimizer, self.train.examples.len());
             watch(Event::Stage { name, steps, done: state.progress.step });
-            let checkpoint = first.then_some((file, recipe.optimizer.checkpoint_every));
+            let checkpoint = first.then_some(file);
             let recipe = Recipe { checkpoint, ..recipe };
             let mut kept = Ok(0.0);
             let report = fit(&mut model, self.train, &recipe, state, &mut |e| {
@@ -481,6 +484,7 @@ impl Run<'_> {
             pad: self.pad(),
             compute: self.compute,
             group: self.group,
+            pipeline_parallel_size: self.pipeline_parallel_size,
         }
     }
 
@@ -593,6 +597,9 @@ impl Run<'_> {
         let stack = model.spec.last_stack();
         let on = match self.group.size() {
             1 => self.compute.to_string(),
+            n if self.pipeline_parallel_size > 1 => {
+                format!("{}, the first of a pipeline of {n} processes", self.compute)
+            }
             n => format!("{}, the first of {n} processes", self.compute),
         };
         Ok(RunRecord {

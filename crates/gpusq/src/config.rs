@@ -182,7 +182,8 @@ table! {
         /// Examples for one optimiser step, over all devices together.
         batch_size: usize = 32, 1.0..=65536.0;
         /// Examples that a device computes at a time; the gradients of a larger batch are summed over several such
-        /// steps (gradient accumulation), which takes less memory and trains the same ("none": all of its batch).
+        /// steps (gradient accumulation), which takes less memory and trains the same ("none": all of its batch; of a
+        /// pipeline as many as make two parts of the batch for each process).
         micro_batch_size: Option<usize> = None, 1.0..=65536.0;
         /// Largest learning rate, reached at the end of the warm-up.
         learning_rate: f64 = 3e-5, (Bound::Excluded(0.0), Bound::Included(1.0));
@@ -214,11 +215,19 @@ table! {
 
 impl Fit {
     /// Of `examples` or more, how many each of `devices` computes at a time, and whether it does so several times for
-    /// a batch.
-    pub fn at_a_time(&self, examples: usize, devices: usize) -> (usize, bool) {
-        let own = self.batch_size.min(examples).max(1).div_ceil(devices);
-        let most = self.micro_batch_size.map_or(own, |n| n.min(own));
+    /// a batch. Each has the whole model, or `pipeline` of them have it together.
+    pub fn at_a_time(&self, examples: usize, devices: usize, pipeline: usize) -> (usize, bool) {
+        let own = self.batch_size.min(examples).max(1).div_ceil(devices / pipeline);
+        let most = self.micro_batch(own, pipeline);
         (most, most < own)
+    }
+
+    /// Of `own` examples, how many a device computes at a time, one of `pipeline` that the model is split over. More
+    /// parts wait less for the first and the last of them, and fill a GPU less: two for each of these were faster than four
+    /// (`results/2026-11-26-h200x4-pipeline.txt`).
+    pub fn micro_batch(&self, own: usize, pipeline: usize) -> usize {
+        let most = if pipeline > 1 { own.div_ceil(2 * pipeline) } else { own };
+        self.micro_batch_size.unwrap_or(most).min(own).max(1)
     }
 
     /// Defaults of the stages that compress. The teacher is not dropped out, and a student that is cannot follow it:

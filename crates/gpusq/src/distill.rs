@@ -9,7 +9,7 @@ use gpusq_tensor::ops::select::select_column;
 use gpusq_tensor::ops::weighted_sum::weighted_sum;
 use gpusq_tensor::{Device, Flags, Tape, Tensor, Var};
 
-use crate::forward::{Output, TapSet, Tokens};
+use crate::forward::{Output, TapSet, Taps, Tokens};
 
 /// Weights of the loss terms.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -133,6 +133,20 @@ impl Sums {
     /// Every value there is.
     pub fn values(&mut self) -> impl Iterator<Item = &mut Tensor> {
         std::iter::once(&mut self.total).chain(self.rest.iter_mut().flatten())
+    }
+
+    /// No loss, on `device`.
+    pub fn nothing(device: Device) -> Sums {
+        Sums { total: Tensor::zeros_on(device, &[1]), rest: [None, None, None] }
+    }
+
+    /// The same values, with a 0 for each term that is not used: processes that have different terms sum them then.
+    pub fn with_all_terms(mut self) -> Sums {
+        let device = self.total.device();
+        for term in &mut self.rest {
+            term.get_or_insert_with(|| Tensor::zeros_on(device, &[1]));
+        }
+        self
     }
 
     /// Adds those of another part of the batch.
@@ -299,26 +313,52 @@ pub fn loss(
     Loss { total, hard: hard_term, soft: soft_term, feature: feature_term }
 }
 
+/// What a section of a model, other than the last, has of the loss: the feature loss of the blocks whose outputs it keeps;
+/// `None` if that is nothing. The losses of all sections sum to the model's, except that the last one's is [`loss`].
+pub fn section_loss(
+    tape: &Tape,
+    mix: &Mix,
+    student: &Taps,
+    teacher: Option<&Taps>,
+    tokens: &Tokens,
+    share: Share,
+) -> Option<Loss> {
+    let teacher = teacher.filter(|_| mix.gamma != 0.0)?;
+    let parts = block_losses(tape, student, teacher, tokens, share);
+    if parts.is_empty() {
+        return None;
+    }
+    let feature = weighted_sum(tape, &parts);
+    let term = Some(feature.value().clone());
+    Some(Loss { total: weighted_sum(tape, &[(mix.gamma, feature)]), hard: None, soft: None, feature: term })
+}
+
 /// Sum over tapped features of their mean squared error, plus that of the final projection.
 fn feature_loss(tape: &Tape, student: &Output, teacher: &Output, tokens: &Tokens, share: Share) -> Var {
-    let mut parts = Vec::new();
-    // Features of each token of `tokens`, or of each sequence.
-    let weight = |rows: usize| if rows == tokens.ids.len() { share.tokens } else { share.sequences };
-    let mask = tokens.mask.as_deref().map(Flags::from);
-    for (name, mine) in &student.taps {
-        // Embeddings are not a block, and the last hidden states are the last block's output normalised.
-        if name.ends_with(".embed") || name.ends_with(".last") {
-            continue;
-        }
-        let theirs = teacher.taps[name].value();
-        // Positions of a decoder's target and of its source differ; each has its own mask.
-        let mask = mask.as_ref().filter(|m| m.len() == theirs.rows());
-        parts.push((weight(theirs.rows()), mse(tape, mine, theirs, mask)));
-    }
-    let (mine, theirs) = (&student.logits, teacher.logits.value());
-    let mask = mask.as_ref().filter(|m| m.len() == theirs.rows());
-    parts.push((weight(theirs.rows()), mse(tape, mine, theirs, mask)));
+    let mut parts = block_losses(tape, &student.taps, &teacher.taps, tokens, share);
+    parts.push(block_loss(tape, &student.logits, teacher.logits.value(), tokens, share));
     weighted_sum(tape, &parts)
+}
+
+/// The mean squared error of each tapped feature, with its weight in the sum.
+fn block_losses(
+    tape: &Tape,
+    student: &Taps,
+    teacher: &Taps,
+    tokens: &Tokens,
+    share: Share,
+) -> Vec<(f32, Var)> {
+    // Embeddings are not a block, and the last hidden states are the last block's output normalised.
+    let blocks = student.iter().filter(|(name, _)| !name.ends_with(".embed") && !name.ends_with(".last"));
+    blocks.map(|(name, mine)| block_loss(tape, mine, teacher[name].value(), tokens, share)).collect()
+}
+
+fn block_loss(tape: &Tape, mine: &Var, theirs: &Tensor, tokens: &Tokens, share: Share) -> (f32, Var) {
+    // Features of each token of `tokens`, or of each sequence.
+    let weight = if theirs.rows() == tokens.ids.len() { share.tokens } else { share.sequences };
+    // Positions of a decoder's target and of its source differ; each has its own mask.
+    let mask = tokens.mask.as_deref().filter(|m| m.len() == theirs.rows()).map(Flags::from);
+    (weight, mse(tape, mine, theirs, mask.as_ref()))
 }
 
 #[cfg(test)]

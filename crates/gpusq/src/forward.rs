@@ -366,6 +366,37 @@ pub fn forward(
     Output { logits, taps: f.taps.into_inner() }
 }
 
+/// What a section of a model makes of its part of the work.
+pub struct Passed {
+    /// The last block's output, or the head's.
+    pub output: Var,
+    /// What was asked for. The output of the last block before the section is among the block outputs, that of its own
+    /// last block is not, unless it is the model's: each is with the section that reads it, where its gradient is summed.
+    pub taps: Taps,
+}
+
+/// The blocks of `section` of [`forward`], on the output of the blocks before them, `before` (for the first section
+/// `None`). `bound` has the weights that the section owns.
+pub fn forward_section(
+    tape: &Tape,
+    spec: &TransformerSpec,
+    bound: &Bound,
+    pattern: Option<Pattern>,
+    inputs: &Inputs,
+    want: TapSet,
+    section: &Section,
+    before: Option<&Var>,
+) -> Passed {
+    let f = Forward { tape, spec, bound, pattern, want, taps: Default::default() };
+    let (name, s) = spec.stacks().next().expect("a transformer has a stack");
+    let hidden = f.section(name, s, &inputs.tokens, None, section, before);
+    let output = if section.is_last() { f.head(&hidden, &inputs.tokens) } else { hidden };
+    Passed { output, taps: f.taps.into_inner() }
+}
+
+/// Draws of dropout that each block has to itself, more than it takes.
+const DRAWS: u32 = 16;
+
 impl Forward<'_> {
     fn tap(&self, wanted: bool, name: impl FnOnce() -> String, v: &Var) {
         if wanted {
@@ -509,9 +540,38 @@ impl Forward<'_> {
     }
 
     fn stack(&self, name: &str, s: &Stack, tokens: &Tokens, source: Option<&(Var, &Tokens)>) -> Var {
+        let whole = Section { index: 0, of: 1, blocks: 0..s.layers };
+        self.section(name, s, tokens, source, &whole, None)
+    }
+
+    /// The blocks of `section`, on `before` or the embeddings.
+    fn section(
+        &self,
+        name: &str,
+        s: &Stack,
+        tokens: &Tokens,
+        source: Option<&(Var, &Tokens)>,
+        section: &Section,
+        before: Option<&Var>,
+    ) -> Var {
         let rows = tokens.batch * tokens.length;
-        let mut x = self.embed(name, s, tokens);
-        self.tap(self.want.blocks, || format!("{name}.embed"), &x);
+        // An encoder's come before its decoder's.
+        let draws = match (name, &self.spec.encoder) {
+            ("decoder", Some(encoder)) => DRAWS * (encoder.layers as u32 + 1),
+            _ => 0,
+        };
+        self.tape.draw_from(draws);
+        let mut x = match before {
+            Some(x) => {
+                self.tap(self.want.blocks, || format!("{name}.{}", section.blocks.start - 1), x);
+                x.clone()
+            }
+            None => {
+                let x = self.embed(name, s, tokens);
+                self.tap(self.want.blocks, || format!("{name}.embed"), &x);
+                x
+            }
+        };
         let table = match &s.embed.positions {
             Positions::Rotary { frequency, .. } => {
                 let positions: Vec<u32> = (0..rows).map(|t| (t % tokens.length) as u32).collect();
@@ -526,8 +586,9 @@ impl Forward<'_> {
         let block = Block { stack: s.clone(), own, cross, rotation: table };
         // What is tapped inside of a block must be kept.
         let whole = !self.tape.recomputes() || self.want.attention || self.want.linears;
-        for i in 0..s.layers {
+        for i in section.blocks.clone() {
             let at = format!("{name}.{i}");
+            self.tape.draw_from(draws + DRAWS * (i as u32 + 1));
             x = match whole {
                 true => self.block(&at, &block, &x),
                 false => {
@@ -541,7 +602,12 @@ impl Forward<'_> {
                     })
                 }
             };
-            self.tap(self.want.blocks, || at.clone(), &x);
+            let passed_on = i + 1 == section.blocks.end && !section.is_last();
+            self.tap(self.want.blocks && !passed_on, || at.clone(), &x);
+        }
+        self.tape.draw_from(draws + DRAWS * (s.layers as u32 + 1));
+        if !section.is_last() {
+            return x;
         }
         if s.final_norm {
             x = self.norm(&format!("{name}.norm"), s.norm, &x, None);

@@ -72,6 +72,12 @@ impl Params {
         Params { map: self.map.iter().map(|(name, w)| (name.clone(), moved(w))).collect() }
     }
 
+    /// Those weights whose names `keep` wants.
+    pub fn part(&self, keep: impl Fn(&str) -> bool) -> Self {
+        let map = self.map.iter().filter(|(name, _)| keep(name)).map(|(name, w)| (name.clone(), w.clone()));
+        Params { map: map.collect() }
+    }
+
     /// Adds or replaces a weight.
     pub fn insert(&mut self, name: impl Into<String>, weight: Weight) {
         self.map.insert(name.into(), weight);
@@ -114,6 +120,11 @@ impl Params {
 
     /// All tensors of weights that are not packed, in a fixed order, to change.
     pub fn tensors_mut(&mut self) -> Vec<&mut Tensor> {
+        self.named_tensors_mut().into_iter().map(|(_, t)| t).collect()
+    }
+
+    /// The same, each with the name of its weight.
+    pub fn named_tensors_mut(&mut self) -> Vec<(&str, &mut Tensor)> {
         fn of(w: &mut Weight) -> Vec<&mut Tensor> {
             match w {
                 Weight::Dense(t) => vec![t],
@@ -122,7 +133,7 @@ impl Params {
                 Weight::Packed(_) => Vec::new(),
             }
         }
-        self.map.values_mut().flat_map(of).collect()
+        self.map.iter_mut().flat_map(|(name, w)| of(w).into_iter().map(|t| (name.as_str(), t))).collect()
     }
 
     /// Number of weights.

@@ -48,7 +48,8 @@ pub struct Preflight {
 }
 
 /// Checks that `model` can be trained on `train` as each of `fits` says by `devices` devices, under a teacher or not, for
-/// `stages` stages as `compute` says into `out`; `compresses` says that they compress.
+/// `stages` stages as `compute` says into `out`; `compresses` says that they compress. The model is split over `pipeline`
+/// of the devices, which is all of them or 1.
 ///
 /// # Errors
 /// [`Error::Mismatch`] if tokenizer or examples do not fit the model, [`Error::Tensor`] if a weight
@@ -61,6 +62,7 @@ pub fn preflight(
     dev: &Dataset,
     fits: &[&config::Fit],
     devices: usize,
+    pipeline: usize,
     teacher: bool,
     stages: u64,
     compresses: bool,
@@ -90,13 +92,14 @@ pub fn preflight(
         }
     }
     let longest = train.examples.iter().chain(&dev.examples).map(|e| e.ids.len()).max().unwrap_or(0);
-    let at_a_time = |fit: &config::Fit| fit.at_a_time(train.examples.len(), devices);
+    let at_a_time = |fit: &config::Fit| fit.at_a_time(train.examples.len(), devices, pipeline);
     let step = |fit: &&config::Fit| Step {
         length: longest,
         teacher,
         quantises: compresses,
         recomputes: fit.gradient_checkpointing,
         accumulates: at_a_time(fit).1,
+        pipeline,
         compute,
     };
     let needs = |fit: &&config::Fit| step(fit).bytes(spec, at_a_time(fit).0);

@@ -240,6 +240,7 @@ impl Reproduction<'_> {
             base.dev,
             &fits,
             1,
+            1,
             true,
             stages,
             true,

@@ -2,6 +2,8 @@
 //!
 //! A specification also names every weight the model has. Names are built here and nowhere else.
 
+use std::ops::Range;
+
 use gpusq_tensor::ops::activation::Activation;
 
 /// A transformer: an encoder, a decoder, or both, and what stands on top.
@@ -233,7 +235,62 @@ impl Linear {
     }
 }
 
+/// What one process of a pipeline holds and computes: some blocks of the only stack, with the embeddings if they are the
+/// first ones, and with the head if they are the last.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Section {
+    /// Which of the sections it is.
+    pub index: usize,
+    /// Sections of the model.
+    pub of: usize,
+    /// Its blocks.
+    pub blocks: Range<usize>,
+}
+
+impl Section {
+    /// Whether it begins with the embeddings.
+    pub fn is_first(&self) -> bool {
+        self.index == 0
+    }
+
+    /// Whether it ends with the head.
+    pub fn is_last(&self) -> bool {
+        self.index + 1 == self.of
+    }
+
+    /// Whether the weight called `name`, or the step size, is one of its own.
+    pub fn owns(&self, name: &str) -> bool {
+        let part = name.split_once('.').map_or(name, |(_, part)| part);
+        match part.split('.').next().map(str::parse::<usize>) {
+            Some(Ok(block)) => self.blocks.contains(&block),
+            _ if name.starts_with("embed.") || part.starts_with("embed.") => self.is_first(),
+            // The last norm and projection of the stack, and the head.
+            _ => self.is_last(),
+        }
+    }
+}
+
 impl TransformerSpec {
+    /// The model in `n` sections, each with as many blocks as the next or one less; or why that cannot be.
+    pub fn sections(&self, n: usize) -> Result<Vec<Section>, String> {
+        let stacks: Vec<&Stack> = self.stacks().map(|(_, stack)| stack).collect();
+        let [stack] = stacks[..] else {
+            return Err(
+                "only models with one stack can be split, and this one has an encoder and a decoder".into()
+            );
+        };
+        if let Head::LanguageModel { tied: true, .. } = self.head {
+            let message = "the head of this language model is its word embedding, which the first process of a pipeline \
+                           holds and the last one needs";
+            return Err(message.into());
+        }
+        if n == 0 || n > stack.layers {
+            return Err(format!("each process needs a block, and the model has {}", stack.layers));
+        }
+        let blocks = |i: usize| i * stack.layers / n..(i + 1) * stack.layers / n;
+        Ok((0..n).map(|index| Section { index, of: n, blocks: blocks(index) }).collect())
+    }
+
     /// The stacks by name.
     pub fn stacks(&self) -> impl Iterator<Item = (&'static str, &Stack)> {
         let encoder = self.encoder.iter().map(|s| ("encoder", s));

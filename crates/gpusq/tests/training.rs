@@ -12,7 +12,7 @@ use gpusq::model::{Model, Stage};
 use gpusq::params::Weight;
 use gpusq::quant::calibrate;
 use gpusq::task::{Dataset, Example, HeadKind, Scores, Split, Target, Tokenizer, task};
-use gpusq::tensor::{DType, Device, Group};
+use gpusq::tensor::{DType, Device, Group, Patience, Seat};
 use gpusq::train::batch::collate;
 use gpusq::train::{Event, Recipe, State, fit};
 
@@ -58,6 +58,7 @@ fn recipe<'a>(fit: &'a Fit, mix: Mix, teacher: Option<&'a Model>) -> Recipe<'a> 
         stop_loss: None,
         seed: 5,
         checkpoint: None,
+        pipeline_parallel_size: 1,
         pad: 0,
         compute: Compute::CPU,
         group: Group::alone(),
@@ -175,7 +176,7 @@ fn a_resumed_run_has_the_bits_of_an_uninterrupted_one() {
     calibrate(&mut quantized, &samples(&d), &calibration(&Config::default().quantize), Compute::CPU).unwrap();
     stages.push((quantized, MIX, Some(&teacher)));
     for (start, mix, teacher) in stages {
-        let saving = Recipe { checkpoint: Some((file.clone(), 10)), ..recipe(&f, mix, teacher) };
+        let saving = Recipe { checkpoint: Some(file.clone()), ..recipe(&f, mix, teacher) };
         let mut whole = start.clone();
         let all = fit(&mut whole, &d, &saving, State::default(), &mut |_| {}).unwrap();
         // The file now holds step 30 of 32, as if the run had been killed after it.
@@ -235,6 +236,117 @@ fn a_batch_that_is_computed_in_parts_trains_the_same() {
                 }
             }
         }
+    }
+}
+
+/// What `f` gives as each of `n` processes, which are threads here.
+fn processes<T: Send>(n: usize, f: impl Fn(&Group) -> T + Sync) -> Vec<T> {
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = free.local_addr().unwrap().port();
+    drop(free);
+    let seat = move |rank| Seat {
+        rank,
+        size: n,
+        address: "127.0.0.1".into(),
+        port,
+        patience: Patience::default(),
+        last_resort: |e| panic!("{e}"),
+    };
+    std::thread::scope(|s| {
+        let f = &f;
+        let all: Vec<_> = (0..n).map(|r| s.spawn(move || f(&Group::join(seat(r)).unwrap()))).collect();
+        all.into_iter().map(|t| t.join().unwrap()).collect()
+    })
+}
+
+/// Every stage, with dropout, padding and batches that the parts do not divide: a pipeline has the bits of one process
+/// with the same parts, where no norm of all gradients is taken, which is summed in another order; its state is one
+/// process's too.
+#[test]
+fn a_pipeline_trains_as_one_process_does() {
+    let mut d = data();
+    for (i, e) in d.examples.iter_mut().enumerate() {
+        e.ids.extend(std::iter::repeat_n(9, i * i % 5));
+        e.types = vec![0; e.ids.len()];
+    }
+    let mut config = dense().config;
+    config.json["num_hidden_layers"] = 3.into();
+    let mut teacher = Model::random(config, 3).unwrap();
+    teacher.set_head(HeadKind::Classes(2), 3).unwrap();
+    let sparse = pruned(&teacher, &d, "magnitude");
+    let mut quantized = sparse.clone();
+    calibrate(&mut quantized, &samples(&d), &calibration(&Config::default().quantize), Compute::CPU).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("state.safetensors");
+    for (start, mix, teacher) in
+        [(&teacher, Mix::HARD, None), (&sparse, MIX, Some(&teacher)), (&quantized, MIX, Some(&sparse))]
+    {
+        for (max_grad_norm, gradient_checkpointing) in [(None, false), (Some(0.5), true)] {
+            let mix = Mix { attention_features: !gradient_checkpointing, ..mix };
+            let f = Fit {
+                batch_size: 10,
+                micro_batch_size: Some(3),
+                dropout: Some(0.1),
+                max_steps: Some(12),
+                log_every: 1,
+                checkpoint_every: 5,
+                max_grad_norm,
+                gradient_checkpointing,
+                ..settings(100, 1e-3)
+            };
+            let trained = |group: &Group, pipeline_parallel_size| {
+                let checkpoint = (group.size() > 1 && group.is_first()).then(|| file.clone());
+                let how = Recipe { group, pipeline_parallel_size, checkpoint, ..recipe(&f, mix, teacher) };
+                let mut student = start.clone();
+                let report = fit(&mut student, &d, &how, State::default(), &mut |_| {}).unwrap();
+                (student.params, report.curve)
+            };
+            let (want, curve) = trained(Group::alone(), 1);
+            let near = |a: f32, b: f32| (a - b).abs() <= 1e-5 * b.abs().max(1.0);
+            for size in [2, 3] {
+                let what = format!("{:?}, {size} processes, clipped at {max_grad_norm:?}", start.stage);
+                for (params, terms) in processes(size, |group| trained(group, size)) {
+                    for (got, want) in terms.iter().zip(&curve) {
+                        let (a, b) = (got.terms, want.terms);
+                        let pairs =
+                            [(a.total, b.total), (a.feature, b.feature), (a.hard, b.hard), (a.soft, b.soft)];
+                        assert!(pairs.iter().all(|(a, b)| near(*a, *b)), "{what}: {got:?}, alone {want:?}");
+                    }
+                    assert_eq!(terms.len(), 12);
+                    let same = params.iter().zip(want.iter()).all(|(a, b)| match (a.1, b.1) {
+                        _ if max_grad_norm.is_none() => a == b,
+                        (Weight::Dense(x), Weight::Dense(y))
+                        | (Weight::Masked { value: x, .. }, Weight::Masked { value: y, .. })
+                        | (Weight::Fake { value: x, .. }, Weight::Fake { value: y, .. }) => {
+                            x.f32().iter().zip(y.f32()).all(|(x, y)| (x - y).abs() < 2e-4)
+                        }
+                        _ => false,
+                    });
+                    assert!(same && params.len() == want.len(), "{what}");
+                }
+                // One process goes on from what the pipeline saved at step 10.
+                let mut again = start.clone();
+                let state = State::load(&file, &mut again.params).unwrap();
+                assert_eq!(state.progress.step, 10);
+                fit(&mut again, &d, &recipe(&f, mix, teacher), state, &mut |_| {}).unwrap();
+                assert!(max_grad_norm.is_some() || again.params == want, "{what}, resumed");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_pipeline_that_cannot_be_is_refused() {
+    let d = data();
+    let f = settings(1, 1e-3);
+    let error = |group: &Group, pipeline_parallel_size| {
+        let how = Recipe { group, pipeline_parallel_size, ..recipe(&f, Mix::HARD, None) };
+        fit(&mut dense(), &d, &how, State::default(), &mut |_| {}).unwrap_err().to_string()
+    };
+    let e = error(Group::alone(), 2);
+    assert!(e.contains("a pipeline of 2 processes was asked for, and there are 1"), "{e}");
+    for e in processes(3, |group| error(group, 3)) {
+        assert!(e.contains("each process needs a block, and the model has 2"), "{e}");
     }
 }
 
@@ -313,6 +425,7 @@ fn models_are_discarded_of_finished_runs_only() {
         command: String::new(),
         compute: Compute::CPU,
         group: Group::alone(),
+        pipeline_parallel_size: 1,
     };
     let models = ["pruned", "packed-fp16", "quantized", "packed"].map(|name| out.path().join(name));
     let other = out.path().join("mine");

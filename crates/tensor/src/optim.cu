@@ -40,11 +40,23 @@ extern "C" __global__ void norms(double *parts, const Slot *table, int entries) 
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
 
-// The global norm, and what gradients are multiplied by: negative if the step must change nothing.
-extern "C" __global__ void clip(float *norm, float *factor, const double *parts, long long blocks, const float *loss, float most) {
+__device__ inline double sum_of(const double *parts, long long blocks) {
     double sum = 0;
     for (long long i = threadIdx.x; i < blocks; i += blockDim.x) sum += parts[i];
-    sum = block_sum_double(sum);
+    return block_sum_double(sum);
+}
+
+// The sum of squares, for those who add others' to it.
+extern "C" __global__ void squares(float *sum, const double *parts, long long blocks) {
+    double total = sum_of(parts, blocks);
+    if (threadIdx.x == 0) *sum = (float)total;
+}
+
+// The global norm, by its square if there is one, and what gradients are multiplied by: negative if the step must change
+// nothing.
+extern "C" __global__ void clip(float *norm, float *factor, const double *parts, long long blocks, const float *squares,
+                                const float *loss, float most) {
+    double sum = squares ? (double)*squares : sum_of(parts, blocks);
     if (threadIdx.x) return;
     float total = (float)sqrt(sum);
     *norm = total;

@@ -1,7 +1,7 @@
 //! AdamW and gradient clipping (Loshchilov and Hutter 2019, arXiv 1711.05101), and random initial weights.
 
 use crate::cpu::{fold_rows, par_elements, random, simd};
-use crate::cuda::{Gpu, Grid, Source};
+use crate::cuda::{Arg, Gpu, Grid, Memory, Source};
 use crate::{Device, Tensor};
 
 /// Settings of one AdamW step.
@@ -86,23 +86,31 @@ impl AdamW {
     /// weights' gradients, f32 `[1]`. If `loss` `[1]` or the norm is not finite, nothing is changed. Does not wait
     /// for a GPU.
     pub fn step(&self, loss: &Tensor, slots: &mut [Slot]) -> Tensor {
+        self.step_of(loss, None, slots)
+    }
+
+    /// The sum of the squares of the gradients of the weights in `slots`, f32 `[1]`, on `device`. Does not wait for a GPU.
+    pub fn squares(device: Device, slots: &mut [Slot]) -> Tensor {
+        match device {
+            Device::Cpu => Tensor::scalar(squares_cpu(slots) as f32),
+            Device::Cuda(gpu) => Table::new(gpu, 0.0, slots).squares(gpu),
+        }
+    }
+
+    /// [`AdamW::step`] of some of a model's tensors, of whose gradients all the squares sum to `squares`, if given.
+    pub fn step_of(&self, loss: &Tensor, squares: Option<&Tensor>, slots: &mut [Slot]) -> Tensor {
         for s in slots.iter() {
             assert_eq!(s.param.shape(), s.grad.shape(), "AdamW: parameter and gradient");
             assert_eq!(s.param.shape(), s.moments.first.shape(), "AdamW: parameter and moments");
         }
         match loss.device() {
-            Device::Cpu => self.step_cpu(loss.item(), slots),
-            Device::Cuda(gpu) => self.step_cuda(gpu, loss, slots),
+            Device::Cpu => self.step_cpu(loss.item(), squares.map(Tensor::item), slots),
+            Device::Cuda(gpu) => self.step_cuda(gpu, loss, squares, slots),
         }
     }
 
-    fn step_cpu(&self, loss: f32, slots: &mut [Slot]) -> Tensor {
-        let part = |s: &Slot| match s.update {
-            Update::Weight { .. } => square_sum(s.grad),
-            // 0, and no number if one of them is none.
-            Update::Positive { .. } => s.grad.f32().iter().map(|g| 0.0 * *g as f64).sum(),
-        };
-        let norm = slots.iter().map(part).sum::<f64>().sqrt() as f32;
+    fn step_cpu(&self, loss: f32, squares: Option<f32>, slots: &mut [Slot]) -> Tensor {
+        let norm = squares.map_or_else(|| squares_cpu(slots), f64::from).sqrt() as f32;
         if loss.is_finite() && norm.is_finite() {
             let clip = self.max_norm.filter(|max| norm > *max).map_or(1.0, |max| max / norm);
             for s in slots {
@@ -167,37 +175,21 @@ impl AdamW {
     }
 
     /// Three launches for any number of tensors: they find their tensor in a table.
-    fn step_cuda(&self, gpu: Gpu, loss: &Tensor, slots: &mut [Slot]) -> Tensor {
-        let mut blocks = 0;
-        let mut table: Vec<u64> = Vec::with_capacity(slots.len() * 7);
-        for s in slots.iter_mut() {
-            let (positive, lr, decay) = match s.update {
-                Update::Weight { decay } => (0, self.learning_rate, decay),
-                Update::Positive { learning_rate } => (1, learning_rate, 0.0),
-            };
-            table.extend([
-                s.param.memory_mut().address(),
-                s.moments.first.memory_mut().address(),
-                s.moments.second.memory_mut().address(),
-                s.grad.memory().address(),
-                s.param.len() as u64,
-                u64::from(lr.to_bits()) | u64::from(decay.to_bits()) << 32,
-                positive | (blocks as u64) << 32,
-            ]);
-            blocks += s.param.len().div_ceil(CHUNK);
-        }
+    fn step_cuda(&self, gpu: Gpu, loss: &Tensor, squares: Option<&Tensor>, slots: &mut [Slot]) -> Tensor {
+        let table = Table::new(gpu, self.learning_rate, slots);
         let device = Device::Cuda(gpu);
         let [norm, factor] = [(); 2].map(|()| Tensor::stale_on(device, &[1]));
-        let parts = gpu.allocate(blocks * size_of::<f64>());
-        let table = gpu.upload(&table);
-        let entries = (slots.len() as i32).into();
-        gpu.launch(&SOURCE, "norms", Grid::blocks(blocks), &[(&parts).into(), (&table).into(), entries]);
+        let parts = match squares {
+            None => table.parts(gpu),
+            Some(_) => gpu.allocate(0),
+        };
         let max = self.max_norm.unwrap_or(f32::INFINITY);
         let arguments = [
             norm.memory().into(),
             factor.memory().into(),
             (&parts).into(),
-            blocks.into(),
+            table.blocks.into(),
+            squares.map_or(Arg::Pointer(0), |s| s.memory().into()),
             loss.memory().into(),
             max.into(),
         ];
@@ -206,10 +198,10 @@ impl AdamW {
         gpu.launch(
             &SOURCE,
             "adamw",
-            Grid::blocks(blocks),
+            Grid::blocks(table.blocks),
             &[
-                (&table).into(),
-                entries,
+                (&table.memory).into(),
+                table.entries.into(),
                 factor.memory().into(),
                 self.beta1.into(),
                 self.beta2.into(),
@@ -227,6 +219,64 @@ impl AdamW {
         let of = |beta: f32| 1.0 / (1.0 - beta.powi(self.step as i32));
         (of(self.beta1), of(self.beta2))
     }
+}
+
+/// The slots of a step on a GPU, where its kernels find them.
+struct Table {
+    memory: Memory,
+    entries: i32,
+    /// Blocks of threads that all tensors take.
+    blocks: usize,
+}
+
+impl Table {
+    fn new(gpu: Gpu, learning_rate: f32, slots: &mut [Slot]) -> Table {
+        let mut blocks = 0;
+        let mut table: Vec<u64> = Vec::with_capacity(slots.len() * 7);
+        for s in slots.iter_mut() {
+            let (positive, lr, decay) = match s.update {
+                Update::Weight { decay } => (0, learning_rate, decay),
+                Update::Positive { learning_rate } => (1, learning_rate, 0.0),
+            };
+            table.extend([
+                s.param.memory_mut().address(),
+                s.moments.first.memory_mut().address(),
+                s.moments.second.memory_mut().address(),
+                s.grad.memory().address(),
+                s.param.len() as u64,
+                u64::from(lr.to_bits()) | u64::from(decay.to_bits()) << 32,
+                positive | (blocks as u64) << 32,
+            ]);
+            blocks += s.param.len().div_ceil(CHUNK);
+        }
+        Table { memory: gpu.upload(&table), entries: slots.len() as i32, blocks }
+    }
+
+    /// A sum of squares, in f64, of each block.
+    fn parts(&self, gpu: Gpu) -> Memory {
+        let parts = gpu.allocate(self.blocks * size_of::<f64>());
+        let arguments = [(&parts).into(), (&self.memory).into(), self.entries.into()];
+        gpu.launch(&SOURCE, "norms", Grid::blocks(self.blocks), &arguments);
+        parts
+    }
+
+    fn squares(&self, gpu: Gpu) -> Tensor {
+        // Other threads' work may take the room of the parts once they are dropped.
+        let (sum, parts) = (Tensor::stale_on(Device::Cuda(gpu), &[1]), self.parts(gpu));
+        let arguments = [sum.memory().into(), (&parts).into(), self.blocks.into()];
+        gpu.launch(&SOURCE, "squares", Grid { threads: 1024, ..Grid::blocks(1) }, &arguments);
+        sum
+    }
+}
+
+/// Sum of squares of the gradients of weights in host memory.
+fn squares_cpu(slots: &[Slot]) -> f64 {
+    let part = |s: &Slot| match s.update {
+        Update::Weight { .. } => square_sum(s.grad),
+        // 0, and no number if one of them is none.
+        Update::Positive { .. } => s.grad.f32().iter().map(|g| 0.0 * *g as f64).sum(),
+    };
+    slots.iter().map(part).sum()
 }
 
 /// Sum of squares of all elements, which are in host memory.
@@ -315,6 +365,45 @@ mod tests {
             }
             for k in 0..2 {
                 close("parameters", params[k].to(Device::Cpu).f32(), &want[k], 1e-5);
+            }
+        }
+    }
+
+    /// Two processes that have a tensor each move them as one that has both.
+    #[test]
+    fn tensors_of_several_processes_are_clipped_by_the_norm_of_all() {
+        for device in devices() {
+            let adam = AdamW { max_norm: Some(1.0), ..STEP };
+            let loss = Tensor::scalar(1.0).to(device);
+            let grads = [noise(&[50], 1), noise(&[CHUNK + 3], 2)].map(|g| g.to(device));
+            let start = || [noise(&[50], 3), noise(&[CHUNK + 3], 4)].map(|p| p.to(device));
+            let update = Update::Weight { decay: 0.1 };
+            let run = |apart: bool| {
+                let mut params = start();
+                let mut moments = params.each_ref().map(Moments::new);
+                let mut slots: Vec<Slot> = params
+                    .iter_mut()
+                    .zip(&grads)
+                    .zip(&mut moments)
+                    .map(|((param, grad), moments)| Slot { param, grad, moments, update })
+                    .collect();
+                let norm = if apart {
+                    let (one, two) = slots.split_at_mut(1);
+                    let squares = [&mut *one, &mut *two].map(|s| AdamW::squares(device, s).item());
+                    let all = Tensor::scalar(squares[0] + squares[1]).to(device);
+                    let norms = [one, two].map(|s| adam.step_of(&loss, Some(&all), s).item());
+                    assert_eq!(norms[0], norms[1]);
+                    norms[0]
+                } else {
+                    adam.step(&loss, &mut slots).item()
+                };
+                (norm, params.map(|p| p.to(Device::Cpu)))
+            };
+            let (together, apart) = (run(false), run(true));
+            assert!(together.0 > 10.0 && (apart.0 / together.0 - 1.0).abs() < 1e-6, "{device:?}");
+            for (a, b) in apart.1.iter().zip(&together.1) {
+                let want: Vec<f64> = b.f32().iter().map(|&x| x as f64).collect();
+                close("parameters", a.f32(), &want, 1e-6);
             }
         }
     }

@@ -290,6 +290,12 @@ impl Tape {
         Var { value, node: None }
     }
 
+    /// Lets the dropouts that follow draw as the `n`-th ones of the tape and those after it, whatever came before: what
+    /// is dropped in a block then depends on the block alone, wherever the blocks before it are computed.
+    pub fn draw_from(&self, n: u32) {
+        self.draws.set(n);
+    }
+
     /// The key for the next dropout, of a tensor with `elements`, if this tape drops.
     pub(crate) fn next_draw(&self, elements: usize) -> Option<u64> {
         let seed = self.seed?;
@@ -346,6 +352,12 @@ impl Tape {
 
     /// Gradients of the one-element `loss` with respect to every leaf. The record is used up.
     pub fn backward(self, loss: &Var) -> Grads {
+        self.backward_with(Some(loss), None)
+    }
+
+    /// Gradients of a loss that is `loss`, if given, plus what is computed elsewhere of a result of this tape, with
+    /// respect to which that has the gradient `outer`. The record is used up.
+    pub fn backward_with(self, loss: Option<&Var>, outer: Option<(&Var, Tensor)>) -> Grads {
         let mut nodes = self.nodes.into_inner();
         let mut grads = Grads {
             slots: vec![None; nodes.len()],
@@ -354,7 +366,12 @@ impl Tape {
             unmade: Vec::new(),
             waiting: HashSet::new(),
         };
-        grads.add(loss, Tensor::full(loss.shape(), 1.0).to(loss.value.device()));
+        if let Some(loss) = loss {
+            grads.add(loss, Tensor::full(loss.shape(), 1.0).to(loss.value.device()));
+        }
+        if let Some((result, grad)) = outer {
+            grads.add(result, grad);
+        }
         grads.run(&mut nodes, 0);
         grads.make_sums();
         grads

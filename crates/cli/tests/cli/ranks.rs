@@ -86,6 +86,78 @@ fn fewer_examples_than_processes_and_dropout_change_nothing() {
     close(&losses(&all), &losses(&alone));
 }
 
+/// Each of two processes has one of the two blocks. Where gradients are not clipped by their norm, which is rounded
+/// otherwise, all weights have the bits of one process with the same parts.
+#[test]
+fn a_pipeline_makes_the_models_of_one_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let (one, two) = (dir.path().join("one"), dir.path().join("two"));
+    let args = |out: &Path| {
+        let mut args = train("compress", &dense(), out);
+        for stage in ["prune", "quantize"] {
+            for (key, value) in [("micro-batch-size", "3"), ("max-grad-norm", "none"), ("dropout", "0.1")] {
+                args.extend([format!("--{stage}.{key}"), value.to_string()]);
+            }
+        }
+        args
+    };
+    let alone = run(&args(&one));
+    alone.ok();
+    let both = run(&launched(2, &with(args(&two), &["--pipeline-parallel-size", "2"])));
+    both.ok();
+    close(&losses(&both), &losses(&alone));
+    // The sum of the feature loss is of two processes.
+    for folder in ["pruned", "quantized"] {
+        std::fs::copy(one.join(folder).join("curve.json"), two.join(folder).join("curve.json")).unwrap();
+    }
+    same_models(&two, &one);
+}
+
+/// A pipeline that is killed goes on as any other number of processes, and the other way round.
+#[test]
+fn a_pipelines_checkpoint_is_any_layouts() {
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, out) = (dir.path().join("whole"), dir.path().join("out"));
+    let args = |out: &Path| with(train("compress", &dense(), out), &["--prune.micro-batch-size", "4"]);
+    let pipeline = |out: &Path| launched(2, &with(args(out), &["--pipeline-parallel-size", "2"]));
+    let one = run(&args(&whole));
+    one.ok();
+    let saved = |stage: &'static str| move |e: &Value| e["event"] == "saved" && e["stage"] == stage;
+    let resumed = |words: Vec<String>| {
+        // What the killed launcher started ends by itself.
+        let clock = Instant::now();
+        loop {
+            let done = run(&with(words.clone(), &["--resume"]));
+            if done.code == Some(0) || clock.elapsed() > Duration::from_secs(20) {
+                done.ok();
+                return done;
+            }
+            assert!(done.stderr.contains("another run is writing here"), "{}", done.stderr);
+        }
+    };
+    for (first, then) in [(pipeline(&out), args(&out)), (args(&out), pipeline(&out))] {
+        killed(&first, &out, &[&saved("2:4")]);
+        let done = resumed(then);
+        let stage = done.events().into_iter().find(|e| e["event"] == "stage").unwrap();
+        assert!(stage["stage"] == "2:4" && stage["done"].as_u64().unwrap() >= 4, "{stage}");
+        let (all, rest) = (losses(&one), losses(&done));
+        close(&rest, &all[all.len() - rest.len()..]);
+        std::fs::remove_dir_all(&out).unwrap();
+    }
+}
+
+#[test]
+fn a_pipeline_that_does_not_fit_is_refused_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let args = |p: &str| with(train("compress", &dense(), &out), &["--pipeline-parallel-size", p]);
+    run(&launched(3, &args("2"))).fails(2, &["a pipeline of 2 processes", "there are 3"]);
+    run(&launched(3, &args("3"))).fails(2, &["each process needs a block, and the model has 2"]);
+    run(&args("2")).fails(2, &["there are 1"]);
+    run(&args("0")).fails(2, &["--pipeline-parallel-size"]);
+    assert!(!out.exists());
+}
+
 #[test]
 fn a_run_goes_on_with_another_number_of_processes() {
     let dir = tempfile::tempdir().unwrap();

@@ -10,15 +10,15 @@ use serde::{Deserialize, Serialize};
 
 use super::batch::{Batch, MicroBatch, collate, shuffled};
 use super::memory::Step;
-use super::state::{SCALE, State};
+use super::state::{SCALE, State, gather_params};
 use crate::arch::{self, Layout};
 use crate::config::{self, Schedule};
 use crate::distill::{Mix, Sums, Terms, loss};
 use crate::forward::{Bound, Compute, forward, prepare};
 use crate::model::Model;
-use crate::params::Weight;
+use crate::params::{Params, Weight};
 use crate::sparsity::{Pattern, mask_rows};
-use crate::spec::{TransformerSpec, is_step_size};
+use crate::spec::{Section, TransformerSpec, is_step_size};
 use crate::task::Dataset;
 use crate::{Error, Result};
 
@@ -38,14 +38,16 @@ pub struct Recipe<'a> {
     pub stop_loss: Option<f64>,
     /// Seed of batch order and dropout.
     pub seed: u64,
-    /// Where the state is kept, and the steps between saves (0: never); of several processes, only rank 0 has this.
-    pub checkpoint: Option<(PathBuf, usize)>,
+    /// Where the state is kept, every [`config::Fit::checkpoint_every`] steps; of several processes, only rank 0 has this.
+    pub checkpoint: Option<PathBuf>,
     /// Padding id for batches.
     pub pad: u32,
     /// Where and in what it computes.
     pub compute: Compute,
-    /// The processes that train together, each with its part of every batch.
+    /// The processes that train together: each with its part of every batch, or with its section of the model.
     pub group: &'a Group,
+    /// In how many sections the model is split: as many as there are processes, or 1, where each has the whole model.
+    pub pipeline_parallel_size: usize,
 }
 
 /// One point of the loss curve: means over the steps since the last point.
@@ -100,7 +102,31 @@ pub struct Report {
 }
 
 /// Gradients by weight's name, each with that of its step sizes if it has some.
-type Gradients = BTreeMap<String, (Tensor, Option<Tensor>)>;
+pub(super) type Gradients = BTreeMap<String, (Tensor, Option<Tensor>)>;
+
+/// Loss and gradients of those parts of a batch that are done.
+#[derive(Default)]
+pub(super) struct Summed(Option<(Sums, Gradients)>);
+
+impl Summed {
+    pub(super) fn add(&mut self, sums: Sums, gradients: Gradients) {
+        let Some((all, sum)) = &mut self.0 else {
+            self.0 = Some((sums, gradients));
+            return;
+        };
+        all.add(sums);
+        for ((sum, sum_scale), (g, scale)) in sum.values_mut().zip(gradients.values()) {
+            accumulate(sum, g);
+            if let (Some(sum), Some(g)) = (sum_scale, scale) {
+                accumulate(sum, g);
+            }
+        }
+    }
+
+    pub(super) fn all(self) -> (Sums, Gradients) {
+        self.0.expect("a batch has parts")
+    }
+}
 
 /// Decay of the running loss.
 const RUNNING: f64 = 0.98;
@@ -127,21 +153,54 @@ pub fn total_steps(o: &config::Fit, examples: usize) -> usize {
     o.max_steps.map_or(steps, |m| steps.min(m)).max(1)
 }
 
+/// The sections of a model that `size` processes train; none if each has the whole model.
+///
+/// # Errors
+/// [`Error::Config`] if the model or the number of processes does not allow a pipeline of `pipeline` processes.
+pub fn sections(spec: &TransformerSpec, pipeline: usize, size: usize) -> Result<Vec<Section>> {
+    if pipeline == 1 {
+        return Ok(Vec::new());
+    }
+    if pipeline != size {
+        return Err(Error::Config(format!(
+            "a pipeline of {pipeline} processes was asked for, and there are {size}; a pipeline takes all processes (data \
+             parallel training beside it is not supported): start {pipeline} processes, or ask for a pipeline of {size}"
+        )));
+    }
+    let no = |why| {
+        Error::Config(format!("the model cannot be split over a pipeline of {pipeline} processes: {why}"))
+    };
+    spec.sections(pipeline).map_err(no)
+}
+
+fn own(section: Option<&Section>, params: &Params) -> Params {
+    section.map_or_else(|| params.clone(), |s| params.part(|name| s.owns(name)))
+}
+
 /// One optimiser step, with everything about it that does not change from step to step.
 pub struct Stepper<'a> {
-    how: &'a Recipe<'a>,
+    pub(super) how: &'a Recipe<'a>,
     /// The student's specification with the run's dropout.
-    spec: TransformerSpec,
+    pub(super) spec: TransformerSpec,
     /// Weights that are constants of the checkpoint.
     frozen: BTreeSet<String>,
-    quiet: Tape,
-    teacher: Option<(&'a Model, Bound)>,
-    gradient: MaskGradient,
+    pub(super) quiet: Tape,
+    pub(super) teacher: Option<(&'a Model, Bound)>,
+    pub(super) gradient: MaskGradient,
+    /// Those of a pipeline, by rank; none where each process has the whole model.
+    sections: Vec<Section>,
 }
 
 impl<'a> Stepper<'a> {
     /// Prepares to train `student` as `how` says.
+    ///
+    /// # Errors
+    /// A model that cannot be split as `how` asks; a lost process.
     pub fn new(student: &Model, how: &'a Recipe<'a>) -> Result<Self> {
+        let sections = sections(&student.spec, how.pipeline_parallel_size, how.group.size())?;
+        if !sections.is_empty() {
+            how.group.connect_neighbours()?;
+        }
         let mut spec = student.spec.clone();
         if let Some(p) = how.optimizer.dropout {
             for s in spec.encoder.iter_mut().chain(spec.decoder.iter_mut()) {
@@ -159,15 +218,21 @@ impl<'a> Stepper<'a> {
             prepare(&teacher.spec, teacher.attention, how.compute);
         }
         let quiet = Tape::inference();
-        let teacher =
-            how.teacher.map(|t| (t, Bound::new(&quiet, &t.params, MaskGradient::Kept, how.compute)));
+        let section = sections.get(how.group.rank());
+        let bound = |t: &Model| Bound::new(&quiet, &own(section, &t.params), MaskGradient::Kept, how.compute);
+        let teacher = how.teacher.map(|t| (t, bound(t)));
         let gradient = if how.mask_update_every > 0 { MaskGradient::All } else { MaskGradient::Kept };
-        Ok(Stepper { how, spec, frozen, quiet, teacher, gradient })
+        Ok(Stepper { how, spec, frozen, quiet, teacher, gradient, sections })
     }
 
-    /// Step number `step` (from 0) at learning rate `lr` on a batch, given as the parts that this process computes:
-    /// teacher and student forward, loss, backward of each, sums over all processes, clipping, AdamW. The student's weights and moments are on the
-    /// recipe's device.
+    /// Of `params` those that this process trains: all, or those of its section.
+    pub fn own(&self, params: &Params) -> Params {
+        own(self.sections.get(self.how.group.rank()), params)
+    }
+
+    /// Step number `step` (from 0) at learning rate `lr` on a batch, given as the parts that this process computes (of a
+    /// pipeline each computes all): teacher and student forward, loss, backward of each, sums over all processes,
+    /// clipping, AdamW. Those of the student's weights and moments that are [`Stepper::own`] are on the recipe's device.
     ///
     /// # Errors
     /// A loss or gradient that is not finite, and the weights are untouched then; what the GPU meets; a lost process.
@@ -180,25 +245,22 @@ impl<'a> Stepper<'a> {
         lr: f64,
     ) -> Result<Terms> {
         let (how, o) = (self.how, self.how.optimizer);
-        let mut summed: Option<(Sums, Gradients)> = None;
-        for part in parts {
-            let (sums, gradients) = how.compute.training(|| self.differentiate(student, part, step));
-            match &mut summed {
-                None => summed = Some((sums, gradients)),
-                Some((all, sum)) => {
-                    all.add(sums);
-                    for ((sum, sum_scale), (g, scale)) in sum.values_mut().zip(gradients.values()) {
-                        accumulate(sum, g);
-                        if let (Some(sum), Some(g)) = (sum_scale, scale) {
-                            accumulate(sum, g);
-                        }
-                    }
+        let section = self.sections.get(how.group.rank());
+        let (mut losses, mut gradients) = how.compute.training(|| match section {
+            Some(section) => self.through_pipeline(section, student, parts, step),
+            None => {
+                let mut summed = Summed::default();
+                for part in parts {
+                    let (sums, gradients) = self.differentiate(student, part, step);
+                    summed.add(sums, gradients);
                 }
+                Ok(summed.all())
             }
+        })?;
+        if section.is_none() {
+            let of_weights = gradients.values_mut().flat_map(|(g, scale)| std::iter::once(g).chain(scale));
+            how.group.sum(&mut of_weights.chain(losses.values()).collect::<Vec<_>>())?;
         }
-        let (mut losses, mut gradients) = summed.expect("a batch has parts");
-        let of_weights = gradients.values_mut().flat_map(|(g, scale)| std::iter::once(g).chain(scale));
-        how.group.sum(&mut of_weights.chain(losses.values()).collect::<Vec<_>>())?;
         let adam = AdamW {
             learning_rate: lr as f32,
             beta1: o.beta1 as f32,
@@ -208,7 +270,16 @@ impl<'a> Stepper<'a> {
             max_norm: o.max_grad_norm.map(|max| max as f32),
         };
         let mut slots = self.slots(student, moments, &gradients, lr);
-        let norm = adam.step(losses.total(), &mut slots).item();
+        let squares = match section {
+            None => None,
+            // Gradients are of this section alone, and their norm is of all.
+            Some(_) => {
+                let mut squares = AdamW::squares(how.compute.device, &mut slots);
+                how.group.sum(&mut losses.values().chain([&mut squares]).collect::<Vec<_>>())?;
+                Some(squares)
+            }
+        };
+        let norm = adam.step_of(losses.total(), squares.as_ref(), &mut slots).item();
         let terms = losses.terms();
         let finished = how.compute.device.check();
         // Whoever is lost explains what else went wrong.
@@ -240,6 +311,12 @@ impl<'a> Stepper<'a> {
         )))
     }
 
+    /// What the student computes `part` of the batch of step `step` on.
+    pub(super) fn tape(&self, part: &MicroBatch, step: usize) -> Tape {
+        let seed = self.how.seed ^ (step as u64 + 1).wrapping_mul(0xA076_1D64_78BD_642F);
+        Tape::training(seed).of_part(part.part).recomputing(self.how.optimizer.gradient_checkpointing)
+    }
+
     /// Loss and gradients of `part` of the batch of step `step`.
     fn differentiate(&self, student: &Model, part: &MicroBatch, step: usize) -> (Sums, Gradients) {
         let (how, Batch { inputs, targets }) = (self.how, &part.batch);
@@ -248,8 +325,7 @@ impl<'a> Stepper<'a> {
             .teacher
             .as_ref()
             .map(|(t, bound)| forward(&self.quiet, &t.spec, bound, t.attention, inputs, taps));
-        let seed = how.seed ^ (step as u64 + 1).wrapping_mul(0xA076_1D64_78BD_642F);
-        let tape = Tape::training(seed).of_part(part.part).recomputing(how.optimizer.gradient_checkpointing);
+        let tape = self.tape(part, step);
         let bound = Bound::new(&tape, &student.params, self.gradient, how.compute);
         let out = forward(&tape, &self.spec, &bound, student.attention, inputs, taps);
         let l = loss(&tape, &how.mix, &out, taught.as_ref(), targets, &inputs.tokens, part.share);
@@ -308,8 +384,8 @@ impl<'a> Stepper<'a> {
     }
 }
 
-/// Trains `student` on `data`, from `state` on; of several processes, from the weights and state of rank 0. The same inputs give the same bits on the same CPU, however
-/// often the run was stopped and resumed. `student` comes and goes in host memory, wherever training computes.
+/// Trains `student` on `data`, from `state` on; of several processes, from the weights and state of rank 0. The same
+/// inputs give the same bits on the same CPU, however often the run was stopped and resumed. `student` comes and goes in host memory, wherever training computes.
 ///
 /// # Errors
 /// A loss or gradient that is not finite or a GPU that fails (the last saved state stays), or what saving meets.
@@ -325,7 +401,11 @@ pub fn fit(
     state = state.share(how.group, &mut student.params)?;
     let per_epoch = data.examples.len().div_ceil(o.batch_size);
     let stepper = Stepper::new(student, how)?;
-    student.params = student.params.to(how.compute.device);
+    // Only what is trained here goes to the device; of a pipeline the rest stays, to be filled in at the end.
+    let own = stepper.own(&student.params).to(how.compute.device);
+    let rest = std::mem::replace(&mut student.params, own);
+    state.moments.retain(|name, _| stepper.sections.get(how.group.rank()).is_none_or(|s| s.owns(name)));
+    let rest = (!stepper.sections.is_empty()).then_some(rest);
     for m in state.moments.values_mut() {
         *m = m.to(how.compute.device);
     }
@@ -336,6 +416,7 @@ pub fn fit(
         quantises,
         recomputes: o.gradient_checkpointing,
         accumulates,
+        pipeline: how.pipeline_parallel_size,
         compute: how.compute,
     };
     let mut order: (usize, Vec<Vec<usize>>) = (usize::MAX, Vec::new());
@@ -347,12 +428,13 @@ pub fn fit(
         }
         let batch = collate(&data.examples, &order.1[step % per_epoch], data.head, how.pad);
         let lr = learning_rate(o, step, steps);
-        let parts = batch.parts(
-            how.group.rank(),
-            how.group.size(),
-            o.micro_batch_size.unwrap_or(usize::MAX),
-            how.teacher.is_some(),
-        );
+        let (rank, size) = match rest {
+            Some(_) => (0, 1),
+            None => (how.group.rank(), how.group.size()),
+        };
+        let own = batch.inputs.tokens.batch.div_ceil(size);
+        let most = o.micro_batch(own, how.pipeline_parallel_size);
+        let parts = batch.parts(rank, size, most, how.teacher.is_some());
         let most = parts.iter().map(|p| p.part.count).max().unwrap_or(0);
         let done = stepper.step(student, &mut state.moments, &parts, step, lr);
         let terms = needs(&batch, parts.len() > 1).explain(&stepper.spec, most, done)?;
@@ -376,16 +458,26 @@ pub fn fit(
         if p.stopped {
             watch(Event::Stopped { step: p.step, running });
         }
-        if let Some((path, every)) = &how.checkpoint
-            && p.step.is_multiple_of(*every)
-            && p.step < steps
-        {
-            state.save(path, &student.params)?;
-            watch(Event::Saved { step: state.progress.step });
+        if p.step.is_multiple_of(o.checkpoint_every) && p.step < steps {
+            let gathered = match &rest {
+                Some(rest) => Some(state.gather(how.group, &stepper.sections, rest, &student.params)?),
+                None => None,
+            };
+            if let Some(path) = &how.checkpoint {
+                match &gathered {
+                    Some((state, params)) => state.save(path, params)?,
+                    None => state.save(path, &student.params)?,
+                }
+                watch(Event::Saved { step: state.progress.step });
+            }
         }
     }
     student.params = student.params.to(Device::Cpu);
     how.compute.device.check()?;
+    if let Some(rest) = &rest {
+        student.params = gather_params(how.group, &stepper.sections, rest, &student.params)?;
+        how.group.broadcast(&mut student.params.tensors_mut())?;
+    }
     let p = state.progress;
     Ok(Report { steps: p.step, curve: p.curve })
 }

@@ -4,7 +4,7 @@ use gpusq_tensor::cuda::CudaError;
 use gpusq_tensor::{DType, Device};
 
 use crate::forward::Compute;
-use crate::spec::{Stack, TransformerSpec};
+use crate::spec::{Section, Stack, TransformerSpec};
 use crate::{Error, Result};
 
 /// What decides, beside the model and the batch size, how much memory a training step needs.
@@ -20,6 +20,8 @@ pub struct Step {
     pub recomputes: bool,
     /// Whether a batch is computed in parts, so that a sum of gradients is kept beside them.
     pub accumulates: bool,
+    /// Over how many processes the model is split.
+    pub pipeline: usize,
     /// Where and in what it computes.
     pub compute: Compute,
 }
@@ -27,14 +29,28 @@ pub struct Step {
 impl Step {
     /// Bytes of memory that a step needs which computes `batch` inputs at a time, estimated.
     pub fn bytes(&self, spec: &TransformerSpec, batch: usize) -> u64 {
-        let Step { length, teacher, quantises, recomputes, accumulates, compute } = *self;
-        let parameters = spec.weights().iter().map(|(_, s)| s.iter().product::<usize>()).sum::<usize>();
+        let Step { length, teacher, quantises, recomputes, accumulates, pipeline, compute } = *self;
+        // Of a pipeline the largest section; its first process holds the activations of as many parts as there are
+        // processes, and with each the weights that it was computed with.
+        let sections = match spec.sections(pipeline) {
+            Ok(sections) if pipeline > 1 => sections,
+            _ => vec![Section { index: 0, of: 1, blocks: 0..usize::MAX }],
+        };
+        let parts = sections.len();
+        let largest = |sizes: Vec<(String, usize)>| {
+            let of =
+                |s: &Section| sizes.iter().filter(|(name, _)| s.owns(name)).map(|(_, n)| n).sum::<usize>();
+            sections.iter().map(of).max().unwrap_or(0)
+        };
+        let parameters =
+            largest(spec.weights().into_iter().map(|(name, s)| (name, s.iter().product())).collect());
+        let layers = |s: &Stack| s.layers.div_ceil(parts) * parts;
         let tokens = batch * length;
         let bytes = if compute.element == DType::Bf16 {
             // Attention keeps no scores, and gradients take the room of the activations that they are made of.
-            let multiplied: usize = spec.linears().iter().map(|l| l.rows * l.cols).sum();
+            let multiplied = largest(spec.linears().into_iter().map(|l| (l.name, l.rows * l.cols)).collect());
             // Of a quantised weight its mask, codes and values.
-            let weights = 12 * parameters + if quantises { 4 } else { 2 } * multiplied;
+            let weights = 12 * parameters + if quantises { 4 } else { 2 } * multiplied * parts;
             let of_teacher = if teacher { 4 * parameters + 2 * multiplied } else { 0 };
             let kept = |s: &Stack| {
                 let (inner, qkv) =
@@ -51,8 +67,8 @@ impl Step {
                 };
                 match recomputes {
                     // A block that was computed again is there with its gradients.
-                    true => s.layers * (s.hidden + taught) + 2 * block,
-                    false => s.layers * (block + taught),
+                    true => layers(s) * (s.hidden + taught) + 2 * block,
+                    false => layers(s) * (block + taught),
                 }
             };
             let activations = 2 * tokens * spec.stacks().map(|(_, s)| kept(s)).sum::<usize>();
@@ -62,7 +78,7 @@ impl Step {
                 .stacks()
                 .map(|(_, s)| {
                     let block = activation_elements(s, batch, length);
-                    if recomputes { s.layers * tokens * s.hidden + block } else { s.layers * block }
+                    if recomputes { layers(s) * tokens * s.hidden + block } else { layers(s) * block }
                 })
                 .sum();
             // Weights, gradients and two moments in f32; the teacher's weights; activations of one step.
@@ -159,7 +175,7 @@ mod tests {
 
     fn step(element: DType, quantises: bool, recomputes: bool) -> Step {
         let compute = Compute { element, ..Compute::CPU };
-        Step { length: 384, teacher: true, quantises, recomputes, accumulates: false, compute }
+        Step { length: 384, teacher: true, quantises, recomputes, accumulates: false, pipeline: 1, compute }
     }
 
     /// Peaks of a distillation step of BERT-base, sequence 384, on an H100

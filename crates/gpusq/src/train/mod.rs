@@ -3,8 +3,9 @@
 pub mod batch;
 mod fit;
 mod memory;
+mod pipeline;
 mod state;
 
-pub use fit::{Event, Point, Recipe, Report, Stepper, fit, total_steps};
+pub use fit::{Event, Point, Recipe, Report, Stepper, fit, sections, total_steps};
 pub use memory::Step;
 pub use state::State;

@@ -10,7 +10,7 @@ use super::fit::Point;
 use crate::distill::Terms;
 use crate::format::safetensors::{Checkpoint, checksum, write_checksummed};
 use crate::params::{Params, Weight};
-use crate::spec::is_step_size;
+use crate::spec::{Section, is_step_size};
 use crate::{Error, Result};
 
 /// Progress of a training stage and its optimiser's moments.
@@ -93,6 +93,31 @@ fn trained<'a>(params: &'a Params, name: &str) -> Option<&'a Tensor> {
     }
 }
 
+/// The rank that holds the weight called `name`.
+fn owner(sections: &[Section], name: &str) -> usize {
+    sections.iter().position(|s| s.owns(name)).expect("every weight is in a section")
+}
+
+/// The weights of all `sections` on rank 0, in host memory; elsewhere `params`, this process's, in the place of theirs in
+/// `rest`.
+///
+/// # Errors
+/// A lost process.
+pub(super) fn gather_params(
+    group: &Group,
+    sections: &[Section],
+    rest: &Params,
+    params: &Params,
+) -> Result<Params> {
+    let mut all = rest.clone();
+    for (name, w) in params.to(Device::Cpu).iter() {
+        all.insert(name, w.clone());
+    }
+    let owned = all.named_tensors_mut().into_iter().map(|(name, t)| (owner(sections, name), t));
+    group.collect(&mut owned.collect::<Vec<_>>())?;
+    Ok(all)
+}
+
 impl State {
     /// Gives all processes of `group` the weights and the state of rank 0.
     ///
@@ -115,6 +140,40 @@ impl State {
         let moments = self.moments.values_mut().flat_map(|m| [&mut m.first, &mut m.second]);
         group.broadcast(&mut params.tensors_mut().into_iter().chain(moments).collect::<Vec<_>>())?;
         Ok(self)
+    }
+
+    /// Weights and state of a pipeline, in host memory: on rank 0 those of all `sections`, which the ranks hold; `params`
+    /// are this process's, and `rest` has what the whole model has.
+    ///
+    /// # Errors
+    /// A GPU that failed; a lost process.
+    pub(super) fn gather(
+        &self,
+        group: &Group,
+        sections: &[Section],
+        rest: &Params,
+        params: &Params,
+    ) -> Result<(State, Params)> {
+        let mut moments: BTreeMap<String, Moments> =
+            self.moments.iter().map(|(name, m)| (name.clone(), m.to(Device::Cpu))).collect();
+        // A GPU that failed meanwhile left zeros.
+        for device in self.moments.values().map(|m| m.first.device()).take(1) {
+            device.check()?;
+        }
+        let params = gather_params(group, sections, rest, params)?;
+        let names: Vec<&String> = moments.keys().collect();
+        for text in group.gather(&serde_json::to_string(&names).expect("plain data serialises"))? {
+            let names: Vec<String> = serde_json::from_str(&text)
+                .map_err(|e| Error::Mismatch(format!("another rank sent no names of weights: {e}")))?;
+            for name in names {
+                if let Some(like) = trained(&params, &name) {
+                    moments.entry(name).or_insert_with(|| Moments::new(like));
+                }
+            }
+        }
+        let both = moments.iter_mut().flat_map(|(name, m)| [(name, &mut m.first), (name, &mut m.second)]);
+        group.collect(&mut both.map(|(name, t)| (owner(sections, name), t)).collect::<Vec<_>>())?;
+        Ok((State { progress: self.progress.clone(), moments }, params))
     }
 
     /// Writes weights and state, wherever they are, to `path`, replacing it whole.

@@ -1,6 +1,6 @@
-//! Sums over GPUs by NCCL, found at run time.
+//! Sums over GPUs, and tensors from one to another, by NCCL, found at run time.
 //!
-//! cudarc has bindings too, but looks for names under which no current NCCL is installed (`libnccl.so.2`), and the six
+//! cudarc has bindings too, but looks for names under which no current NCCL is installed (`libnccl.so.2`), and the few
 //! functions that are needed are soon declared.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
@@ -23,7 +23,8 @@ const NAMES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
 
 const SUCCESS: c_int = 0;
 const IN_PROGRESS: c_int = 7;
-/// `ncclFloat32` and `ncclSum`.
+/// `ncclUint8`, `ncclFloat32` and `ncclSum`.
+const U8: c_int = 1;
 const F32: c_int = 7;
 const SUM: c_int = 0;
 
@@ -33,7 +34,7 @@ struct Id([c_char; ID_BYTES]);
 
 type Comm = *mut c_void;
 
-/// The functions, as `nccl.h` declares them since version 2.4.
+/// The functions, as `nccl.h` declares them since version 2.7.
 struct Api {
     get_unique_id: unsafe extern "C" fn(*mut Id) -> c_int,
     comm_init_rank: unsafe extern "C" fn(*mut Comm, c_int, Id, c_int) -> c_int,
@@ -41,6 +42,8 @@ struct Api {
     comm_get_async_error: unsafe extern "C" fn(Comm, *mut c_int) -> c_int,
     all_reduce:
         unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, Comm, sys::CUstream) -> c_int,
+    send: unsafe extern "C" fn(*const c_void, usize, c_int, c_int, Comm, sys::CUstream) -> c_int,
+    recv: unsafe extern "C" fn(*mut c_void, usize, c_int, c_int, Comm, sys::CUstream) -> c_int,
     group_start: unsafe extern "C" fn() -> c_int,
     group_end: unsafe extern "C" fn() -> c_int,
     get_error_string: unsafe extern "C" fn(c_int) -> *const c_char,
@@ -82,6 +85,8 @@ fn functions(library: Library) -> Result<Api, libloading::Error> {
             comm_abort: *library.get(b"ncclCommAbort")?,
             comm_get_async_error: *library.get(b"ncclCommGetAsyncError")?,
             all_reduce: *library.get(b"ncclAllReduce")?,
+            send: *library.get(b"ncclSend")?,
+            recv: *library.get(b"ncclRecv")?,
             group_start: *library.get(b"ncclGroupStart")?,
             group_end: *library.get(b"ncclGroupEnd")?,
             get_error_string: *library.get(b"ncclGetErrorString")?,
@@ -103,6 +108,10 @@ pub(crate) struct Nccl {
     api: &'static Api,
     /// `None` once it is aborted.
     comm: Mutex<Option<Handle>>,
+}
+
+fn accepted(code: c_int) -> bool {
+    matches!(code, SUCCESS | IN_PROGRESS)
 }
 
 fn failed(gpu: Gpu, api: &Api, what: &str, code: c_int) -> CudaError {
@@ -183,6 +192,56 @@ impl Nccl {
     /// Replaces f32 tensors by their sums over all processes: one call for all of them, behind the work that was asked
     /// for before.
     pub(crate) fn sum(&self, tensors: &mut [&mut Tensor]) -> Result<(), CudaError> {
+        let memory = tensors.iter_mut().map(|t| {
+            assert_eq!(t.dtype(), DType::F32, "sums are of f32 tensors");
+            (t.len(), t.memory_mut().address())
+        });
+        let memory: Vec<(usize, u64)> = memory.filter(|(n, at)| *n > 0 && *at != 0).collect();
+        self.grouped("sum over all ranks", |api, comm, stream| {
+            let mut codes = memory.iter().map(|&(n, at)| {
+                let at = at as *mut c_void;
+                // SAFETY: the memory has `n` floats, which this stream alone works on.
+                unsafe { (api.all_reduce)(at, at, n, F32, SUM, comm, stream) }
+            });
+            codes.find(|code| !accepted(*code)).unwrap_or(SUCCESS)
+        })
+    }
+
+    /// Sends tensors to other processes and fills tensors with what others send, all at once, behind the work that was
+    /// asked for before. Of two processes, one receives from the other in the order that is sent in.
+    pub(crate) fn exchange(
+        &self,
+        sent: &[(usize, &Tensor)],
+        received: &mut [(usize, Tensor)],
+    ) -> Result<(), CudaError> {
+        let of = |t: &Tensor| (t.len() * t.dtype().size(), t.memory().address());
+        let sent: Vec<_> = sent.iter().map(|(rank, t)| (*rank, of(t))).collect();
+        let received: Vec<_> = received
+            .iter_mut()
+            .map(|(rank, t)| {
+                t.memory_mut();
+                (*rank, of(t))
+            })
+            .collect();
+        self.grouped("exchange with other ranks", |api, comm, stream| {
+            let sends = sent.iter().map(|&(rank, (bytes, at))| {
+                // SAFETY: the memory has `bytes` bytes, and this stream alone writes them.
+                unsafe { (api.send)(at as *const c_void, bytes, U8, rank as c_int, comm, stream) }
+            });
+            let receipts = received.iter().map(|&(rank, (bytes, at))| {
+                // SAFETY: the memory has `bytes` bytes, which this stream alone works on.
+                unsafe { (api.recv)(at as *mut c_void, bytes, U8, rank as c_int, comm, stream) }
+            });
+            sends.chain(receipts).find(|code| !accepted(*code)).unwrap_or(SUCCESS)
+        })
+    }
+
+    /// Calls `ask` between the begin and the end of a group of NCCL's operations.
+    fn grouped(
+        &self,
+        what: &str,
+        ask: impl FnOnce(&Api, Comm, sys::CUstream) -> c_int,
+    ) -> Result<(), CudaError> {
         let Nccl { gpu, api, .. } = *self;
         let comm = lock(&self.comm);
         let Some(Handle(comm)) = &*comm else { return Ok(()) };
@@ -194,23 +253,10 @@ impl Nccl {
             what: "use it".into(),
             reason: super::reason(e),
         })?;
-        let check = |code: c_int| match code {
-            SUCCESS | IN_PROGRESS => Ok(()),
-            code => Err(failed(gpu, api, "sum over all ranks", code)),
-        };
+        let check = |code: c_int| if accepted(code) { Ok(()) } else { Err(failed(gpu, api, what, code)) };
         // SAFETY: takes nothing.
         check(unsafe { (api.group_start)() })?;
-        let mut asked = Ok(());
-        for t in tensors {
-            assert_eq!(t.dtype(), DType::F32, "sums are of f32 tensors");
-            let (n, memory) = (t.len(), t.memory_mut());
-            if n == 0 || memory.at == 0 {
-                continue;
-            }
-            let at = memory.at as *mut c_void;
-            // SAFETY: the memory has `n` floats, which this stream alone works on.
-            asked = asked.and(check(unsafe { (api.all_reduce)(at, at, n, F32, SUM, *comm, gpu.stream()) }));
-        }
+        let asked = check(ask(api, *comm, gpu.stream()));
         // SAFETY: ends what was begun above, also after an error.
         check(unsafe { (api.group_end)() }).and(asked)?;
         let mut code = SUCCESS;

@@ -1,9 +1,11 @@
-//! Processes that train one model together: what one says to all, and sums over all of them.
+//! Processes that train one model together: what one says to all, sums over all of them, and what goes from one to the
+//! next.
 //!
 //! Each has a rank, from 0. The others connect to rank 0, which listens (`rendezvous`), and all watch each other from
-//! then on (`watch`): one that is lost ends them all. Sums of tensors in host memory go through rank 0, which adds in
-//! the order of ranks; sums of tensors on GPUs are NCCL's (`cuda::nccl`).
+//! then on (`watch`): one that is lost ends them all. Sums of tensors in host memory go through rank 0, which adds in the
+//! order of ranks; sums of tensors on GPUs are NCCL's (`cuda::nccl`).
 
+mod chain;
 mod rendezvous;
 mod watch;
 
@@ -15,6 +17,7 @@ use std::time::Duration;
 use crate::cuda::CudaError;
 use crate::cuda::nccl::{ID_BYTES, Nccl};
 use crate::{DType, Device, Tensor};
+use chain::Chain;
 use watch::Watch;
 
 /// Why processes cannot work together any more.
@@ -104,9 +107,11 @@ pub struct Group {
     links: Vec<TcpStream>,
     watch: Option<Arc<Watch>>,
     nccl: OnceLock<Arc<Nccl>>,
+    chain: OnceLock<Chain>,
 }
 
-static ALONE: Group = Group { rank: 0, size: 1, links: Vec::new(), watch: None, nccl: OnceLock::new() };
+static ALONE: Group =
+    Group { rank: 0, size: 1, links: Vec::new(), watch: None, nccl: OnceLock::new(), chain: OnceLock::new() };
 
 type Result<T> = std::result::Result<T, GroupError>;
 
@@ -127,7 +132,7 @@ impl Group {
         let (rank, size) = (seat.rank, seat.size);
         let (links, watched) = rendezvous::meet(&seat)?;
         let watch = (size > 1).then(|| Watch::start(&seat, &links, watched));
-        Ok(Group { rank, size, links, watch, nccl: OnceLock::new() })
+        Ok(Group { rank, size, links, watch, nccl: OnceLock::new(), chain: OnceLock::new() })
     }
 
     /// This process's number, from 0.
@@ -186,6 +191,22 @@ impl Group {
             self.to(rank, |link| write_text(link, text))?;
         }
         Ok(text.to_string())
+    }
+
+    /// What each rank says, `text` here, one line, in the order of ranks.
+    ///
+    /// # Errors
+    /// A lost or failed process.
+    pub fn gather(&self, text: &str) -> Result<Vec<String>> {
+        let mut all = vec![text.to_string()];
+        if self.is_first() {
+            for rank in 1..self.size {
+                all.push(self.from(rank, read_text)?);
+            }
+        } else {
+            self.to(0, |link| write_text(link, text))?;
+        }
+        Ok(self.share(&all.join("\n"))?.split('\n').map(str::to_string).collect())
     }
 
     /// Makes sure that all ranks say the same about `what`.
@@ -263,7 +284,66 @@ impl Group {
         self.check()
     }
 
-    /// Ends a sum: whoever waited for the GPU calls this before looking at the result.
+    /// Gives rank 0 the values that tensors, f32 or u8 in host memory, have on the ranks that are named with them, which
+    /// are the same everywhere.
+    ///
+    /// # Errors
+    /// A lost or failed process.
+    pub fn collect(&self, tensors: &mut [(usize, &mut Tensor)]) -> Result<()> {
+        for (owner, t) in tensors.iter_mut().filter(|(owner, _)| *owner != 0) {
+            if self.is_first() {
+                self.from(*owner, |link| receive(link, t, |own, theirs| *own = theirs))?;
+            } else if self.rank == *owner {
+                self.to(0, |link| send(link, t))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes [`Group::exchange`] possible. All ranks call it, after [`Group::compute_on`].
+    ///
+    /// # Errors
+    /// A lost or failed process; what the network refuses.
+    pub fn connect_neighbours(&self) -> Result<()> {
+        if let (Some(watch), None, None) = (&self.watch, self.nccl.get(), self.chain.get()) {
+            let _ = self.chain.set(Chain::join(self, watch)?);
+        }
+        Ok(())
+    }
+
+    /// Sends tensors to neighbouring ranks and gives what they send here: for each rank in `wanted` a tensor of the shape
+    /// beside it, with elements of type `dtype` on `device`, which is the group's (f32 on a CPU). What is wanted of a
+    /// rank comes in the order in which that sends it. Does not wait for a GPU; [`Group::check`] comes after what does.
+    ///
+    /// # Errors
+    /// A lost or failed process; what NCCL refuses.
+    pub fn exchange(
+        &self,
+        sent: &[(usize, &Tensor)],
+        wanted: &[(usize, &[usize])],
+        device: Device,
+        dtype: DType,
+    ) -> Result<Vec<Tensor>> {
+        if let Some(watch) = &self.watch {
+            watch.busy(true);
+        }
+        let empty = |shape: &[usize]| match device {
+            Device::Cpu => Tensor::stale(shape),
+            Device::Cuda(gpu) => Tensor::stale_of(gpu, dtype, shape),
+        };
+        let mut received: Vec<(usize, Tensor)> =
+            wanted.iter().map(|(rank, shape)| (*rank, empty(shape))).collect();
+        if let Some(nccl) = self.nccl.get() {
+            nccl.exchange(sent, &mut received).map_err(|e| self.known().unwrap_or(e.into()))?;
+        } else {
+            let chain = self.chain.get().expect("neighbours are connected first");
+            chain.exchange(self.rank, sent, &mut received).map_err(|(rank, e)| self.broken(rank, e))?;
+            self.check()?;
+        }
+        Ok(received.into_iter().map(|(_, t)| t).collect())
+    }
+
+    /// Ends a sum or an exchange: whoever waited for the GPU calls this before looking at the result.
     ///
     /// # Errors
     /// A process was lost or failed, and sums since then are worth nothing.

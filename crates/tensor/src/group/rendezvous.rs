@@ -18,6 +18,9 @@ const ANSWER: Duration = Duration::from_secs(10);
 /// Each process has two connections to rank 0.
 const CHANNELS: usize = 2;
 
+/// What one says that connects to the rank before it.
+const NEIGHBOUR: usize = CHANNELS;
+
 type Links = Vec<TcpStream>;
 
 /// Connections for work and for watching: of rank 0 one to each other rank, of the others one to rank 0.
@@ -117,6 +120,41 @@ fn listen(seat: &Seat) -> io::Result<TcpListener> {
     TcpListener::bind(SocketAddr::new(ip, seat.port))
 }
 
+fn greeting(rank: usize, size: usize, channel: u8) -> Vec<u8> {
+    let mut message = HELLO.to_vec();
+    message.extend((rank as u32).to_le_bytes());
+    message.extend((size as u32).to_le_bytes());
+    message.push(channel);
+    message
+}
+
+/// Connects to the rank before `rank`, which listens at `place`.
+pub(super) fn reach_before(place: &str, rank: usize, size: usize) -> io::Result<TcpStream> {
+    let mut link = TcpStream::connect(place)?;
+    link.write_all(&greeting(rank, size, NEIGHBOUR as u8))?;
+    Ok(link)
+}
+
+/// Takes the rank after `rank` in.
+pub(super) fn take_after(listener: &TcpListener, rank: usize, size: usize) -> io::Result<TcpStream> {
+    listener.set_nonblocking(true)?;
+    let until = Instant::now() + ANSWER;
+    loop {
+        match listener.accept() {
+            Ok((link, _)) if hello(&link) == Some((rank + 1, size, NEIGHBOUR)) => {
+                link.set_read_timeout(None)?;
+                return Ok(link);
+            }
+            // A stranger.
+            Ok(_) => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock && Instant::now() < until => {
+                std::thread::sleep(AGAIN)
+            }
+            Err(e) => return Err(e),
+        }
+    }
+}
+
 /// Rank, number of ranks and channel of one that connects.
 fn hello(mut link: &TcpStream) -> Option<(usize, usize, usize)> {
     link.set_nonblocking(false).ok()?;
@@ -184,10 +222,7 @@ fn connect(
     first: Option<&TcpStream>,
     until: Instant,
 ) -> Result<TcpStream, GroupError> {
-    let mut message = HELLO.to_vec();
-    message.extend((seat.rank as u32).to_le_bytes());
-    message.extend((seat.size as u32).to_le_bytes());
-    message.push(channel);
+    let message = greeting(seat.rank, seat.size, channel);
     loop {
         let tried = TcpStream::connect((seat.address.as_str(), seat.port))
             .and_then(|mut link| link.write_all(&message).map(|()| link));

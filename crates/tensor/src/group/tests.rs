@@ -104,6 +104,45 @@ fn all_get_what_rank_0_has() {
     }
 }
 
+/// Both neighbours send more than the network takes before either reads, and each gets the other's, in order.
+#[test]
+fn neighbours_exchange_tensors() {
+    let n = 1 << 20;
+    let of = |rank: usize, k: usize| Tensor::full(&[n, 2], (10 * rank + k) as f32);
+    let got = ranks(4, |g| {
+        g.connect_neighbours().unwrap();
+        let (rank, shape) = (g.rank(), [n, 2]);
+        let around: Vec<usize> = [rank.wrapping_sub(1), rank + 1].into_iter().filter(|&r| r < 4).collect();
+        let own: Vec<Tensor> = (0..2).map(|k| of(rank, k)).collect();
+        let sent: Vec<(usize, &Tensor)> =
+            around.iter().flat_map(|&r| own.iter().map(move |t| (r, t))).collect();
+        let wanted: Vec<(usize, &[usize])> = around.iter().flat_map(|&r| [(r, &shape[..]); 2]).collect();
+        let got = g.exchange(&sent, &wanted, Device::Cpu, DType::F32).unwrap();
+        let want: Vec<Tensor> = around.iter().flat_map(|&r| [of(r, 0), of(r, 1)]).collect();
+        assert!(got == want, "rank {rank}");
+        // Nothing goes on, and nothing comes.
+        assert!(g.exchange(&[], &[], Device::Cpu, DType::F32).unwrap().is_empty());
+        let mut all: Vec<Tensor> = (0..4).map(|r| of(if r == rank { r } else { 9 }, 7)).collect();
+        g.collect(&mut all.iter_mut().enumerate().collect::<Vec<_>>()).unwrap();
+        all
+    });
+    assert!(got[0].iter().enumerate().all(|(r, t)| *t == of(r, 7)));
+}
+
+#[test]
+fn a_rank_that_is_lost_wakes_the_neighbour_who_waits_for_it() {
+    let got = ranks(3, |g| {
+        g.connect_neighbours().unwrap();
+        if g.rank() == 2 {
+            g.fail("the disk is full");
+            return String::new();
+        }
+        let wanted = [(g.rank() + 1, &[5][..])];
+        g.exchange(&[], &wanted, Device::Cpu, DType::F32).unwrap_err().to_string()
+    });
+    assert_eq!([&got[0], &got[1]], ["rank 2 of 3 failed: the disk is full"; 2]);
+}
+
 #[test]
 fn what_ranks_disagree_on_is_named_by_all() {
     let got = ranks(3, |g| {

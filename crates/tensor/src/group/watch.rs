@@ -27,7 +27,7 @@ pub(super) struct Watch {
     /// To the others, with their ranks.
     links: Vec<(usize, Mutex<TcpStream>)>,
     /// What their work goes over, to wake who waits there.
-    work: Vec<TcpStream>,
+    work: Mutex<Vec<TcpStream>>,
     failure: Mutex<Option<GroupError>>,
     noticed: Condvar,
     leaving: AtomicBool,
@@ -53,7 +53,7 @@ impl Watch {
             patience: seat.patience,
             last_resort: seat.last_resort,
             links: others.zip(links.into_iter().map(Mutex::new)).collect(),
-            work: work.iter().map(same).collect(),
+            work: Mutex::new(work.iter().map(same).collect()),
             failure: Mutex::default(),
             noticed: Condvar::new(),
             leaving: AtomicBool::new(false),
@@ -85,6 +85,17 @@ impl Watch {
         let failure = lock(&self.failure);
         let waited = self.noticed.wait_timeout_while(failure, at_most, |f| f.is_none());
         waited.map_or(None, |(failure, _)| failure.clone())
+    }
+
+    /// Wakes who waits at `link` too, when another process is lost.
+    pub(super) fn cover(&self, link: &TcpStream) -> io::Result<()> {
+        let mut work = lock(&self.work);
+        work.push(link.try_clone()?);
+        // One that was lost meanwhile.
+        if self.failure().is_some() {
+            let _ = link.shutdown(Shutdown::Both);
+        }
+        Ok(())
     }
 
     /// Calls `f` when another process is lost.
@@ -210,7 +221,7 @@ impl Watch {
             _ => unreachable!("these two are noticed here"),
         };
         self.tell(&message);
-        for link in &self.work {
+        for link in &*lock(&self.work) {
             let _ = link.shutdown(Shutdown::Both);
         }
         if let Some(abort) = lock(&self.abort).take() {
