@@ -229,17 +229,34 @@ impl Bound {
         Bound { leaves: Rc::new(leaves), joint: Rc::new(found), element }
     }
 
-    /// Takes the gradients of every weight: `(name, gradient, step-size gradient)`. A weight the loss does
-    /// not depend on has none.
-    pub fn gradients(&self, grads: &mut Grads) -> BTreeMap<String, (Tensor, Option<Tensor>)> {
+    /// Takes the gradients of every weight whose name begins with `prefix`: `(name, gradient, step-size gradient)`. A
+    /// weight the loss does not depend on has none.
+    pub fn gradients(&self, grads: &mut Grads, prefix: &str) -> BTreeMap<String, (Tensor, Option<Tensor>)> {
         let mut out = BTreeMap::new();
-        for (name, leaf) in self.leaves.iter() {
+        for (name, leaf) in self.of(prefix) {
             if let Some(g) = grads.take(&leaf.raw) {
                 let s = leaf.scale.as_ref().and_then(|s| grads.take(s));
                 out.insert(name.clone(), (g, s));
             }
         }
         out
+    }
+
+    fn of<'b>(&'b self, prefix: &'b str) -> impl Iterator<Item = (&'b String, &'b Leaf)> {
+        self.leaves.range(prefix.to_string()..).take_while(move |(name, _)| name.starts_with(prefix))
+    }
+
+    /// What was made of the weights whose names begin with `prefix`, for the forward to multiply with.
+    fn made(&self, prefix: &str) -> Vec<Var> {
+        let alone = self.of(prefix).map(|(_, leaf)| &leaf.effective);
+        let joint = self.joint.iter().filter(|(at, _)| at.starts_with(prefix)).map(|(_, joint)| joint);
+        let weight = |effective: &Effective| match effective {
+            Effective::Plain(v) => v.clone(),
+            Effective::Quantized(q) => q.codes.clone(),
+        };
+        let joint: Vec<Var> =
+            joint.flat_map(|j| std::iter::once(weight(&j.weight)).chain(j.bias.clone())).collect();
+        alone.map(weight).chain(joint).collect()
     }
 
     fn get(&self, name: &str) -> &Leaf {
@@ -339,7 +356,8 @@ pub struct Forward<'a> {
     taps: std::cell::RefCell<Taps>,
 }
 
-/// Runs `spec` with the weights in `bound` on `inputs`; attention keeps `pattern` where it is given.
+/// Runs `spec` with the weights in `bound` on `inputs`; attention keeps `pattern` where it is given. The tape gets a
+/// milestone before each block, named by what the names of the block's weights begin with (`encoder.0.`).
 pub fn forward(
     tape: &Tape,
     spec: &TransformerSpec,
@@ -589,6 +607,8 @@ impl Forward<'_> {
         for i in section.blocks.clone() {
             let at = format!("{name}.{i}");
             self.tape.draw_from(draws + DRAWS * (i as u32 + 1));
+            // Nothing before the block uses its weights.
+            self.tape.milestone(|| format!("{at}."), || self.bound.made(&format!("{at}.")));
             x = match whole {
                 true => self.block(&at, &block, &x),
                 false => {

@@ -163,7 +163,7 @@ fn run(dir: &Path, device: Device) {
     close(&case, "out.loss", &[loss.value().item()], g.tensor("out.loss").unwrap().f32(), 1e-5);
 
     let mut grads = tape.backward(&loss);
-    let ours = bound.gradients(&mut grads);
+    let ours = bound.gradients(&mut grads, "");
     let theirs = model.to_checkpoint(&|name| ours.get(name).map(|(g, _)| g.to(Device::Cpu)));
     let mut compared = BTreeSet::new();
     for name in g.names().filter_map(|n| n.strip_prefix("grad.")) {

@@ -14,6 +14,14 @@ use crate::{Device, Tensor};
 
 type Backward = Box<dyn FnOnce(Tensor, &mut Grads)>;
 
+/// What the backward pass does at a place of the tape.
+enum Node {
+    /// Hands the gradient of a result on to what that was made of.
+    Result(Backward),
+    /// Tells that it has come so far ([`Tape::milestone`]).
+    Milestone { name: String, made: Vec<Var> },
+}
+
 /// A value on a tape: the tensor, and its place on the tape if a gradient flows through it.
 #[derive(Clone)]
 pub struct Var {
@@ -141,28 +149,45 @@ impl Grads {
         Some(&mut self.slots[node])
     }
 
-    /// Runs `nodes`, the first of which has position `base`, from the last to the first.
-    fn run(&mut self, nodes: &mut [Option<Backward>], base: usize) {
+    /// Runs `nodes`, the first of which has position `base`, from the last to the first, and calls `reached` at each
+    /// milestone.
+    fn run(&mut self, nodes: &mut [Option<Node>], base: usize, reached: &mut dyn FnMut(&str, &mut Grads)) {
         for i in (0..nodes.len()).rev() {
-            // Leaves have no closure and keep their gradient for `take`.
-            let Some(backward) = nodes[i].take() else { continue };
-            self.settle(base + i);
-            if let Some(grad) = self.slots[base + i].take() {
-                self.known = self.sums.remove(&(base + i));
-                backward(grad, self);
+            match nodes[i].take() {
+                // Leaves hand nothing on and keep their gradient for `take`; and what was handed on already.
+                None => {}
+                Some(Node::Result(backward)) => self.hand_on(base + i, backward),
+                Some(Node::Milestone { name, made }) => {
+                    for node in made.iter().filter_map(|v| v.node) {
+                        if let Some(Node::Result(backward)) = nodes[node - base].take() {
+                            self.hand_on(node, backward);
+                        }
+                    }
+                    reached(&name, self);
+                }
             }
+        }
+    }
+
+    fn hand_on(&mut self, node: usize, backward: Backward) {
+        self.settle(node);
+        if let Some(grad) = self.slots[node].take() {
+            self.known = self.sums.remove(&node);
+            backward(grad, self);
         }
     }
 
     /// Takes the gradient of `var`; `None` if nothing that was differentiated depends on it.
     pub fn take(&mut self, var: &Var) -> Option<Tensor> {
-        self.slots[var.node?].take()
+        let node = var.node?;
+        self.settle(node);
+        self.slots[node].take()
     }
 }
 
 /// The record of one forward pass.
 pub struct Tape {
-    nodes: RefCell<Vec<Option<Backward>>>,
+    nodes: RefCell<Vec<Option<Node>>>,
     /// Position of the first node: what a checkpoint computes again lies behind the nodes of the tape around it.
     base: usize,
     recording: bool,
@@ -269,12 +294,21 @@ impl Tape {
                 Some(sums) => grads.add_with_sums(&y, grad, sums),
                 None => grads.add(&y, grad),
             }
-            grads.run(&mut nodes, outer);
+            grads.run(&mut nodes, outer, &mut |_, _| {});
             grads.slots.truncate(outer);
             grads.sums.retain(|node, _| *node < outer);
             grads.waiting.retain(|node| *node < outer);
         };
-        Var { value, node: Some(self.slot(Some(Box::new(backward)))) }
+        Var { value, node: Some(self.slot(Some(Node::Result(Box::new(backward))))) }
+    }
+
+    /// A place that the backward pass tells of ([`Tape::backward_with`]) when it has come there, by its name: then the
+    /// gradients of leaves that nothing before this place uses are what they will be. Results that were made before, and
+    /// that nothing uses between their making and this place, `made`, have handed theirs on by then too.
+    pub fn milestone(&self, name: impl FnOnce() -> String, made: impl FnOnce() -> Vec<Var>) {
+        if self.recording {
+            self.slot(Some(Node::Milestone { name: name(), made: made() }));
+        }
     }
 
     /// A value whose gradient is wanted.
@@ -333,7 +367,7 @@ impl Tape {
         if !self.tracks(inputs) {
             return Var { value, node: None };
         }
-        Var { value, node: Some(self.slot(Some(Box::new(backward)))) }
+        Var { value, node: Some(self.slot(Some(Node::Result(Box::new(backward))))) }
     }
 
     /// The same elements under another shape.
@@ -344,20 +378,26 @@ impl Tape {
         })
     }
 
-    fn slot(&self, backward: Option<Backward>) -> usize {
+    fn slot(&self, node: Option<Node>) -> usize {
         let mut nodes = self.nodes.borrow_mut();
-        nodes.push(backward);
+        nodes.push(node);
         self.base + nodes.len() - 1
     }
 
     /// Gradients of the one-element `loss` with respect to every leaf. The record is used up.
     pub fn backward(self, loss: &Var) -> Grads {
-        self.backward_with(Some(loss), None)
+        self.backward_with(Some(loss), None, &mut |_, _| {})
     }
 
     /// Gradients of a loss that is `loss`, if given, plus what is computed elsewhere of a result of this tape, with
-    /// respect to which that has the gradient `outer`. The record is used up.
-    pub fn backward_with(self, loss: Option<&Var>, outer: Option<(&Var, Tensor)>) -> Grads {
+    /// respect to which that has the gradient `outer`. `reached` is called at each milestone, from the last to the first,
+    /// and may take gradients that are done. The record is used up.
+    pub fn backward_with(
+        self,
+        loss: Option<&Var>,
+        outer: Option<(&Var, Tensor)>,
+        reached: &mut dyn FnMut(&str, &mut Grads),
+    ) -> Grads {
         let mut nodes = self.nodes.into_inner();
         let mut grads = Grads {
             slots: vec![None; nodes.len()],
@@ -372,7 +412,7 @@ impl Tape {
         if let Some((result, grad)) = outer {
             grads.add(result, grad);
         }
-        grads.run(&mut nodes, 0);
+        grads.run(&mut nodes, 0, reached);
         grads.make_sums();
         grads
     }
@@ -408,6 +448,50 @@ mod tests {
         let mut grads = tape.backward(&loss);
         let of = [&x, &w, &beside].map(|v| grads.take(v).expect("has a gradient").to(Device::Cpu));
         (value, of.to_vec(), kept)
+    }
+
+    /// Three layers with a weight each, all made at the start: at each milestone the gradient of the weight of the layer
+    /// behind it is what it is at the end, and no other's is there yet.
+    #[test]
+    fn a_milestone_is_told_when_gradients_are_done() {
+        use crate::ops::masked::{MaskGradient, multiplied};
+        for device in Device::all() {
+            for recomputes in [false, true] {
+                let run = |takes: bool| {
+                    let tape = Tape::training(7).recomputing(recomputes);
+                    let leaf = |seed, shape: &[usize]| tape.leaf(noise(shape, seed).to(device));
+                    let mut y = leaf(1, &[6, 8]);
+                    let raw: Vec<Var> = (0..3).map(|i| leaf(2 + i, &[8, 8])).collect();
+                    let groups: Vec<_> = raw.iter().map(|w| vec![(w.clone(), None)]).collect();
+                    let made = multiplied(&tape, &groups, MaskGradient::Kept, crate::DType::F32);
+                    for (i, w) in made.into_iter().enumerate() {
+                        tape.milestone(|| i.to_string(), || vec![w.clone()]);
+                        y = tape
+                            .checkpoint(&y, move |tape, x| dropout(tape, &linear(tape, x, &w, None), 0.3));
+                    }
+                    let loss = dot(&tape, &y, &noise(&[6, 8], 9));
+                    let mut taken = Vec::new();
+                    let mut grads = tape.backward_with(Some(&loss), None, &mut |name, grads| {
+                        if takes {
+                            let there = raw.iter().map(|w| grads.take(w));
+                            let there: Vec<(usize, Tensor)> = there
+                                .enumerate()
+                                .filter_map(|(i, g)| Some((i, g?.to(Device::Cpu))))
+                                .collect();
+                            assert!(there.len() == 1 && there[0].0.to_string() == name, "{name}");
+                            taken.extend(there);
+                        }
+                    });
+                    if takes {
+                        assert!(raw.iter().all(|w| grads.take(w).is_none()));
+                        taken.reverse();
+                        return taken.into_iter().map(|(_, g)| g).collect::<Vec<_>>();
+                    }
+                    raw.iter().map(|w| grads.take(w).unwrap().to(Device::Cpu)).collect()
+                };
+                assert_eq!(run(true), run(false), "{device:?}, {recomputes}");
+            }
+        }
     }
 
     #[test]

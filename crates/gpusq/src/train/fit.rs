@@ -106,25 +106,36 @@ pub(super) type Gradients = BTreeMap<String, (Tensor, Option<Tensor>)>;
 
 /// Loss and gradients of those parts of a batch that are done.
 #[derive(Default)]
-pub(super) struct Summed(Option<(Sums, Gradients)>);
+pub(super) struct Summed {
+    pub(super) losses: Option<Sums>,
+    pub(super) gradients: Gradients,
+}
 
 impl Summed {
-    pub(super) fn add(&mut self, sums: Sums, gradients: Gradients) {
-        let Some((all, sum)) = &mut self.0 else {
-            self.0 = Some((sums, gradients));
-            return;
-        };
-        all.add(sums);
-        for ((sum, sum_scale), (g, scale)) in sum.values_mut().zip(gradients.values()) {
-            accumulate(sum, g);
+    pub(super) fn add_losses(&mut self, other: Sums) {
+        match &mut self.losses {
+            None => self.losses = Some(other),
+            Some(losses) => losses.add(other),
+        }
+    }
+
+    pub(super) fn add(&mut self, gradients: Gradients) {
+        for (name, (g, scale)) in gradients {
+            let Some((sum, sum_scale)) = self.gradients.get_mut(&name) else {
+                self.gradients.insert(name, (g, scale));
+                continue;
+            };
+            accumulate(sum, &g);
             if let (Some(sum), Some(g)) = (sum_scale, scale) {
-                accumulate(sum, g);
+                accumulate(sum, &g);
             }
         }
     }
 
-    pub(super) fn all(self) -> (Sums, Gradients) {
-        self.0.expect("a batch has parts")
+    /// The gradients of those weights whose names `wanted` takes.
+    fn tensors(&mut self, wanted: impl Fn(&str) -> bool) -> Vec<&mut Tensor> {
+        let these = self.gradients.iter_mut().filter(|(name, _)| wanted(name));
+        these.flat_map(|(_, (g, scale))| std::iter::once(g).chain(scale)).collect()
     }
 }
 
@@ -191,6 +202,9 @@ pub struct Stepper<'a> {
     sections: Vec<Section>,
 }
 
+/// Is told what the names of a block's weights begin with when their gradients are there.
+type Reached<'r> = &'r mut dyn FnMut(&mut Summed, &str);
+
 impl<'a> Stepper<'a> {
     /// Prepares to train `student` as `how` says.
     ///
@@ -246,21 +260,10 @@ impl<'a> Stepper<'a> {
     ) -> Result<Terms> {
         let (how, o) = (self.how, self.how.optimizer);
         let section = self.sections.get(how.group.rank());
-        let (mut losses, mut gradients) = how.compute.training(|| match section {
+        let (mut losses, gradients) = how.compute.training(|| match section {
             Some(section) => self.through_pipeline(section, student, parts, step),
-            None => {
-                let mut summed = Summed::default();
-                for part in parts {
-                    let (sums, gradients) = self.differentiate(student, part, step);
-                    summed.add(sums, gradients);
-                }
-                Ok(summed.all())
-            }
+            None => self.of_parts(student, parts, step),
         })?;
-        if section.is_none() {
-            let of_weights = gradients.values_mut().flat_map(|(g, scale)| std::iter::once(g).chain(scale));
-            how.group.sum(&mut of_weights.chain(losses.values()).collect::<Vec<_>>())?;
-        }
         let adam = AdamW {
             learning_rate: lr as f32,
             beta1: o.beta1 as f32,
@@ -317,8 +320,44 @@ impl<'a> Stepper<'a> {
         Tape::training(seed).of_part(part.part).recomputing(self.how.optimizer.gradient_checkpointing)
     }
 
-    /// Loss and gradients of `part` of the batch of step `step`.
-    fn differentiate(&self, student: &Model, part: &MicroBatch, step: usize) -> (Sums, Gradients) {
+    /// Loss and gradients of the batch of step `step`, of which this process computes `parts`: summed over all processes.
+    /// On GPUs the gradients of a block are summed while the backward pass goes on with the blocks before it.
+    fn of_parts(&self, student: &Model, parts: &[MicroBatch], step: usize) -> Result<(Sums, Gradients)> {
+        let group = self.how.group;
+        let mut summed = Summed::default();
+        let mut asked: Vec<String> = Vec::new();
+        let mut outcome = Ok(());
+        for (i, part) in parts.iter().enumerate() {
+            let mut sum = |summed: &mut Summed, block: &str| {
+                if outcome.is_ok() {
+                    outcome = group.sum_beside(&mut summed.tensors(|name| name.starts_with(block)));
+                    asked.push(block.to_string());
+                }
+            };
+            let reached: Option<Reached> = match group.size() > 1 && i + 1 == parts.len() {
+                true => Some(&mut sum),
+                false => None,
+            };
+            self.differentiate(student, part, step, &mut summed, reached);
+        }
+        outcome?;
+        let mut losses = summed.losses.take().expect("a batch has parts");
+        let mut rest = summed.tensors(|name| !asked.iter().any(|block| name.starts_with(block)));
+        rest.extend(losses.values());
+        group.sum(&mut rest)?;
+        Ok((losses, summed.gradients))
+    }
+
+    /// Adds loss and gradients of `part` of the batch of step `step` to `summed`, and calls `reached`, if anybody asks,
+    /// with what the names of a block's weights begin with when those are there.
+    fn differentiate(
+        &self,
+        student: &Model,
+        part: &MicroBatch,
+        step: usize,
+        summed: &mut Summed,
+        mut reached: Option<Reached>,
+    ) {
         let (how, Batch { inputs, targets }) = (self.how, &part.batch);
         let taps = how.mix.taps();
         let taught = self
@@ -329,9 +368,15 @@ impl<'a> Stepper<'a> {
         let bound = Bound::new(&tape, &student.params, self.gradient, how.compute);
         let out = forward(&tape, &self.spec, &bound, student.attention, inputs, taps);
         let l = loss(&tape, &how.mix, &out, taught.as_ref(), targets, &inputs.tokens, part.share);
-        let mut grads = tape.backward(&l.total);
+        let mut grads = tape.backward_with(Some(&l.total), None, &mut |block, grads| {
+            if let Some(reached) = reached.as_deref_mut() {
+                summed.add(bound.gradients(grads, block));
+                reached(summed, block);
+            }
+        });
         // Weights are updated in place once nothing else holds them, and `bound` ends here.
-        (l.sums(), bound.gradients(&mut grads))
+        summed.add(bound.gradients(&mut grads, ""));
+        summed.add_losses(l.sums());
     }
 
     /// Every tensor that is trained, with its gradient and moments; these start at 0.

@@ -88,8 +88,8 @@ impl Stepper<'_> {
                 None => {}
             }
         }
-        let (sums, gradients) = summed.all();
-        Ok((sums.with_all_terms(), gradients))
+        let losses = summed.losses.expect("a batch has parts");
+        Ok((losses.with_all_terms(), summed.gradients))
     }
 
     /// Computes `part` forward, from what the section before made of it, and gives what the section after needs.
@@ -140,10 +140,11 @@ impl Stepper<'_> {
     fn backward_part(&self, part: Begun, outer: Option<Tensor>, summed: &mut Summed) -> Option<Tensor> {
         let Begun { tape, bound, before, output, loss } = part;
         let total = loss.as_ref().map(|l| l.total.clone());
-        let mut grads = tape.backward_with(total.as_ref(), outer.map(|g| (&output, g)));
+        let mut grads = tape.backward_with(total.as_ref(), outer.map(|g| (&output, g)), &mut |_, _| {});
         let grad = before.map(|x| grads.take(&x).expect("every section's output has a part in the loss"));
         let sums = loss.map_or_else(|| Sums::nothing(self.how.compute.device), Loss::sums);
-        summed.add(sums, bound.gradients(&mut grads));
+        summed.add_losses(sums);
+        summed.add(bound.gradients(&mut grads, ""));
         grad
     }
 }

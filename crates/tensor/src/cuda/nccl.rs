@@ -4,6 +4,7 @@
 //! functions that are needed are soon declared.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Mutex, OnceLock};
 use std::thread;
@@ -11,7 +12,7 @@ use std::time::Duration;
 
 use libloading::Library;
 
-use super::{CudaError, Gpu, lock, sys};
+use super::{CudaError, DriverError, Gpu, lock, result, sys};
 use crate::group::GroupError;
 use crate::{DType, Tensor};
 
@@ -102,12 +103,76 @@ struct Handle(Comm);
 // SAFETY: NCCL's communicators belong to no thread; a mutex keeps calls apart.
 unsafe impl Send for Handle {}
 
+/// A stream beside the main one.
+struct Side {
+    stream: sys::CUstream,
+    /// The main stream's work that it waits for, and its own.
+    before: sys::CUevent,
+    done: sys::CUevent,
+    /// Whether it has work that the main stream does not wait for yet.
+    pending: AtomicBool,
+}
+
+// SAFETY: handles of a context belong to no thread.
+unsafe impl Send for Side {}
+// SAFETY: they are used while the communicator is locked.
+unsafe impl Sync for Side {}
+
+impl Side {
+    fn new(gpu: Gpu) -> Result<Side, DriverError> {
+        gpu.bind()?;
+        let event = || result::event::create(sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING);
+        let stream = result::stream::create(result::stream::StreamKind::NonBlocking)?;
+        Ok(Side { stream, before: event()?, done: event()?, pending: AtomicBool::new(false) })
+    }
+
+    /// What is asked of it from now on waits for the work that was asked of the main stream.
+    fn follow(&self, gpu: Gpu) -> Result<(), DriverError> {
+        // SAFETY: events and streams live as long as the process.
+        unsafe {
+            result::event::record(self.before, gpu.stream())?;
+            result::stream::wait_event(
+                self.stream,
+                self.before,
+                sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT,
+            )
+        }
+    }
+
+    /// Work of its own that the main stream will have to wait for.
+    fn asked(&self) -> Result<(), DriverError> {
+        self.pending.store(true, Ordering::Relaxed);
+        // SAFETY: as above.
+        unsafe { result::event::record(self.done, self.stream) }
+    }
+
+    /// What is asked of the main stream from now on waits for what was asked of this one.
+    fn join(&self, gpu: Gpu) -> Result<(), DriverError> {
+        if !self.pending.swap(false, Ordering::Relaxed) {
+            return Ok(());
+        }
+        // SAFETY: as above.
+        unsafe {
+            result::stream::wait_event(
+                gpu.stream(),
+                self.done,
+                sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT,
+            )
+        }
+    }
+}
+
 /// This process's part of a communicator over the GPUs of a group.
 pub(crate) struct Nccl {
     gpu: Gpu,
     api: &'static Api,
+    side: Side,
     /// `None` once it is aborted.
     comm: Mutex<Option<Handle>>,
+}
+
+fn driver(gpu: Gpu, e: DriverError) -> CudaError {
+    CudaError::Driver { ordinal: gpu.ordinal(), what: "use it".into(), reason: super::reason(e) }
 }
 
 fn accepted(code: c_int) -> bool {
@@ -174,7 +239,10 @@ impl Nccl {
         });
         loop {
             match joined.recv_timeout(Duration::from_millis(50)) {
-                Ok((SUCCESS, comm)) => return Ok(Nccl { gpu, api, comm: Mutex::new(Some(comm)) }),
+                Ok((SUCCESS, comm)) => {
+                    let side = Side::new(gpu).map_err(|e| driver(gpu, e))?;
+                    return Ok(Nccl { gpu, api, side, comm: Mutex::new(Some(comm)) });
+                }
                 Ok((code, _)) => {
                     let what = format!("join {size} GPUs as rank {rank}");
                     return Err(given_up().unwrap_or(failed(gpu, api, &what, code).into()));
@@ -190,14 +258,14 @@ impl Nccl {
     }
 
     /// Replaces f32 tensors by their sums over all processes: one call for all of them, behind the work that was asked
-    /// for before.
-    pub(crate) fn sum(&self, tensors: &mut [&mut Tensor]) -> Result<(), CudaError> {
+    /// for before; `beside` what is asked for afterwards, until the next sum that is not.
+    pub(crate) fn sum(&self, tensors: &mut [&mut Tensor], beside: bool) -> Result<(), CudaError> {
         let memory = tensors.iter_mut().map(|t| {
             assert_eq!(t.dtype(), DType::F32, "sums are of f32 tensors");
             (t.len(), t.memory_mut().address())
         });
         let memory: Vec<(usize, u64)> = memory.filter(|(n, at)| *n > 0 && *at != 0).collect();
-        self.grouped("sum over all ranks", |api, comm, stream| {
+        self.grouped("sum over all ranks", beside, |api, comm, stream| {
             let mut codes = memory.iter().map(|&(n, at)| {
                 let at = at as *mut c_void;
                 // SAFETY: the memory has `n` floats, which this stream alone works on.
@@ -223,7 +291,7 @@ impl Nccl {
                 (*rank, of(t))
             })
             .collect();
-        self.grouped("exchange with other ranks", |api, comm, stream| {
+        self.grouped("exchange with other ranks", false, |api, comm, stream| {
             let sends = sent.iter().map(|&(rank, (bytes, at))| {
                 // SAFETY: the memory has `bytes` bytes, and this stream alone writes them.
                 unsafe { (api.send)(at as *const c_void, bytes, U8, rank as c_int, comm, stream) }
@@ -240,6 +308,7 @@ impl Nccl {
     fn grouped(
         &self,
         what: &str,
+        beside: bool,
         ask: impl FnOnce(&Api, Comm, sys::CUstream) -> c_int,
     ) -> Result<(), CudaError> {
         let Nccl { gpu, api, .. } = *self;
@@ -248,17 +317,19 @@ impl Nccl {
         if gpu.failed() {
             return Ok(());
         }
-        gpu.bind().map_err(|e| CudaError::Driver {
-            ordinal: gpu.ordinal(),
-            what: "use it".into(),
-            reason: super::reason(e),
-        })?;
+        gpu.bind().map_err(|e| driver(gpu, e))?;
+        let stream = if beside { self.side.stream } else { gpu.stream() };
+        let order = if beside { self.side.follow(gpu) } else { self.side.join(gpu) };
+        order.map_err(|e| driver(gpu, e))?;
         let check = |code: c_int| if accepted(code) { Ok(()) } else { Err(failed(gpu, api, what, code)) };
         // SAFETY: takes nothing.
         check(unsafe { (api.group_start)() })?;
-        let asked = check(ask(api, *comm, gpu.stream()));
+        let asked = check(ask(api, *comm, stream));
         // SAFETY: ends what was begun above, also after an error.
         check(unsafe { (api.group_end)() }).and(asked)?;
+        if beside {
+            self.side.asked().map_err(|e| driver(gpu, e))?;
+        }
         let mut code = SUCCESS;
         // SAFETY: writes one number.
         check(unsafe { (api.comm_get_async_error)(*comm, &mut code) })?;

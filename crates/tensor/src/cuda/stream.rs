@@ -418,9 +418,12 @@ mod tests {
         let x = Tensor::zeros(&[100]).to(Device::Cuda(gpu));
         let mut stream = Stream::new(gpu).unwrap();
         // Rows of 20 bytes.
-        let e = stream.run(|| crate::cuda::TensorMap::boxes(x.memory(), 20, 20, (8, 128)).is_some()).unwrap_err();
+        let e =
+            stream.run(|| crate::cuda::TensorMap::boxes(x.memory(), 20, 20, (8, 128)).is_some()).unwrap_err();
         assert!(e.to_string().contains("20 rows of 20 bytes"), "{e}");
-        assert!(stream.run(|| crate::cuda::TensorMap::boxes(x.memory(), 25, 16, (8, 128)).is_some()).unwrap());
+        assert!(
+            stream.run(|| crate::cuda::TensorMap::boxes(x.memory(), 25, 16, (8, 128)).is_some()).unwrap()
+        );
     }
 
     #[test]

@@ -258,6 +258,19 @@ impl Group {
     /// # Errors
     /// A lost or failed process; what NCCL refuses.
     pub fn sum(&self, tensors: &mut [&mut Tensor]) -> Result<()> {
+        self.add(tensors, false)
+    }
+
+    /// [`Group::sum`] that a GPU does beside what is asked of it afterwards, until the next sum that is not such a one:
+    /// nobody reads or changes the tensors before. On CPUs it is done at once.
+    ///
+    /// # Errors
+    /// As [`Group::sum`].
+    pub fn sum_beside(&self, tensors: &mut [&mut Tensor]) -> Result<()> {
+        self.add(tensors, true)
+    }
+
+    fn add(&self, tensors: &mut [&mut Tensor], beside: bool) -> Result<()> {
         if self.size == 1 && self.nccl.get().is_none() {
             return Ok(());
         }
@@ -266,7 +279,7 @@ impl Group {
         }
         if let Some(nccl) = self.nccl.get() {
             // A lost process aborts the communicator, and is the better explanation.
-            return nccl.sum(tensors).map_err(|e| self.known().unwrap_or(e.into()));
+            return nccl.sum(tensors, beside).map_err(|e| self.known().unwrap_or(e.into()));
         }
         if self.is_first() {
             for rank in 1..self.size {

@@ -268,6 +268,8 @@ fn nccl_sums_on_a_gpu() {
     }
     let (mut a, mut b) = (Tensor::full(&[1000], 2.5).to(device), Tensor::scalar(-1.0).to(device));
     let shared = a.clone();
+    // First beside the main stream, then on it, and what is added between the two does not wait.
+    group.sum_beside(&mut [&mut a]).unwrap();
     group.sum(&mut [&mut a, &mut b]).unwrap();
     device.check().unwrap();
     group.check().unwrap();
