@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
+use gpusq::Error;
 use gpusq::arch::{self, Config};
 use gpusq::config::Method;
 use gpusq::engine::{Engine, Products};
@@ -14,6 +15,7 @@ use gpusq::quant::{Calibration, calibrate};
 use gpusq::sparsity::{Pattern, mask_rows};
 use gpusq::spec::*;
 use gpusq::task::HeadKind;
+use gpusq::tensor::cuda::{Arena, CudaError, Gpu};
 use gpusq::tensor::ops::activation::Activation;
 use gpusq::tensor::ops::lsq::code;
 use gpusq::tensor::ops::masked::MaskGradient;
@@ -768,6 +770,71 @@ fn a_gpu_runs_what_it_measured_to_be_fastest() {
         // Every kernel gives the same sums, and so the same answers.
         same_bits("planned", &engine.run(&inputs).unwrap(), &want);
         same_bits("dense", &dense.run(&inputs).unwrap(), &want);
+    }
+}
+
+/// All of the GPU's memory that can be had, down to a few kilobytes.
+fn fill(gpu: Gpu) -> Vec<Arena> {
+    let mut all = Vec::new();
+    let mut bytes = 64usize << 30;
+    while bytes >= 4 << 10 {
+        match Arena::new(gpu, bytes) {
+            Ok(arena) => all.push(arena),
+            Err(CudaError::OutOfMemory { .. }) => bytes /= 2,
+            Err(e) => panic!("{e}"),
+        }
+    }
+    all
+}
+
+/// A request that needs memory says that there is none, however often it comes, and is answered once there is; the others
+/// are answered all the time.
+#[test]
+fn a_gpu_without_memory_refuses_what_needs_some_and_goes_on() {
+    let _alone = MEMORY.write().unwrap_or_else(PoisonError::into_inner);
+    for device in gpus() {
+        let Device::Cuda(gpu) = device else { unreachable!("only GPUs") };
+        let model = packed_int8(WIDE_BERT, Some(HeadKind::Span), None, true, 12);
+        let asked = [(2, 30), (3, 70), (11, 200)].map(|(b, l)| inputs(b, l, model.spec.vocab, 2, true, 6));
+        let likely = unplanned(&model, device);
+        let want = asked.each_ref().map(|i| likely.run(i).unwrap());
+        for products in [Products::Fastest, Products::DenseInt8] {
+            // A plan from the disk needs dense twins only; without one they are timed first.
+            for planned in [false, true] {
+                let load = || Engine::load_with(&model, device, products).unwrap();
+                if planned {
+                    asked.iter().for_each(|i| drop(load().run(i).unwrap()));
+                }
+                let engine = load();
+                same_bits("before", &likely.run(&asked[0]).unwrap(), &want[0]);
+                let full = fill(gpu);
+                assert!(full.len() > 5);
+                for _ in 0..2 {
+                    let results = asked.each_ref().map(|i| engine.run(i));
+                    for (result, want) in results.iter().zip(&want) {
+                        match result {
+                            Ok(answer) => same_bits("without memory", answer, want),
+                            Err(Error::Device(CudaError::OutOfMemory { .. })) => {}
+                            Err(e) => panic!("{e}"),
+                        }
+                    }
+                    // Dense twins cannot be had.
+                    if products == Products::DenseInt8 {
+                        let e = results[2].as_ref().unwrap_err().to_string();
+                        assert!(e.contains("free memory on this GPU and ask again"), "{e}");
+                    }
+                    // What needs no memory.
+                    same_bits("a size met before", &likely.run(&asked[0]).unwrap(), &want[0]);
+                    let e = Engine::load_with(&model, device, products).err().unwrap().to_string();
+                    assert!(e.contains("out of memory") && e.contains("end other programs"), "{e}");
+                }
+                drop(full);
+                for (inputs, want) in asked.iter().zip(&want) {
+                    same_bits("with memory again", &engine.run(inputs).unwrap(), want);
+                }
+                same_bits("a new engine", &load().run(&asked[1]).unwrap(), &want[1]);
+            }
+        }
     }
 }
 

@@ -3,7 +3,9 @@
 use std::fmt;
 use std::sync::Arc;
 
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+use rayon::prelude::*;
 
 use crate::cuda::{Gpu, Memory};
 use crate::pool::Buffer;
@@ -324,7 +326,12 @@ impl Tensor {
 
     /// The elements rounded to nearest-even f16. Values beyond 65504 become infinite.
     pub fn to_f16(&self) -> Self {
-        Self::from_f16(self.to_f32().f32().iter().map(|&x| f16::from_f32(x)).collect(), &self.shape)
+        let wide = self.to_f32();
+        let mut half = vec![f16::ZERO; wide.len()];
+        half.par_chunks_mut(1 << 14)
+            .zip(wide.f32().par_chunks(1 << 14))
+            .for_each(|(to, from)| to.convert_from_f32_slice(from));
+        Self::from_f16(half, &self.shape)
     }
 
     /// The elements rounded to nearest-even bf16.

@@ -117,7 +117,7 @@ impl Step {
 
     /// `e`, and which batch fits if the GPU was out of memory during a step of `batch` inputs.
     pub(super) fn explain<T>(&self, spec: &TransformerSpec, batch: usize, result: Result<T>) -> Result<T> {
-        let Err(Error::Device(CudaError::OutOfMemory { ordinal, asked, free, total })) = &result else {
+        let Err(Error::Device(CudaError::OutOfMemory { ordinal, asked, free, total, .. })) = &result else {
             return result;
         };
         let Device::Cuda(gpu) = self.compute.device else { return result };

@@ -22,9 +22,7 @@ impl Arena {
     /// # Errors
     /// There is not so much, or the GPU had failed before.
     pub fn new(gpu: Gpu, bytes: usize) -> Result<Arena, CudaError> {
-        let memory = gpu.allocate(bytes);
-        gpu.check()?;
-        Ok(Arena(Arc::new(memory)))
+        Ok(Arena(Arc::new(gpu.settled(|| gpu.allocate(bytes))?)))
     }
 
     /// A layout from the start of the memory on.
@@ -91,13 +89,17 @@ impl<T: Plain> Pinned<T> {
     pub fn new(gpu: Gpu, length: usize) -> Result<Self, CudaError> {
         let bytes = (length * size_of::<T>()).max(1);
         // SAFETY: the context lives as long as the process.
-        let at = gpu.bind().and_then(|()| unsafe { result::malloc_host(bytes, 0) }).map_err(|e| {
-            CudaError::Driver {
-                ordinal: gpu.ordinal(),
-                what: format!("allocate {bytes} bytes of host memory"),
-                reason: reason(e),
-            }
-        })?;
+        let got = gpu.bind().and_then(|()| unsafe { result::malloc_host(bytes, 0) });
+        let at =
+            got.map_err(|e| match gpu.refused(&format!("allocate {bytes} bytes of host memory"), 0, e) {
+                // The GPU's own memory is another matter.
+                CudaError::OutOfMemory { ordinal, .. } => CudaError::Driver {
+                    ordinal,
+                    what: format!("allocate {bytes} bytes of host memory"),
+                    reason: reason(e),
+                },
+                other => other,
+            })?;
         // SAFETY: `bytes` were just allocated.
         unsafe { at.cast::<u8>().write_bytes(0, bytes) };
         Ok(Pinned { memory: Arc::new(Locked { at, gpu }), length, of: std::marker::PhantomData })

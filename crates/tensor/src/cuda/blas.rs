@@ -7,6 +7,7 @@ use std::sync::Mutex;
 
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
+use cudarc::driver::{result as memory, sys as driver};
 
 use super::kernels::searched;
 use super::{CudaError, Gpu, Memory, lock};
@@ -100,8 +101,9 @@ struct Plan {
 
 pub(super) struct Blas {
     handle: sys::cublasLtHandle_t,
-    /// Two floats, for products whose factors are on the GPU.
-    zero_and_one: Memory,
+    /// Where the two floats are, for products whose factors are on the GPU. Not from the pool: cuBLASLt may be opened on
+    /// a stream.
+    zero_and_one: driver::CUdeviceptr,
     plans: Mutex<HashMap<Shape, Plan>>,
 }
 
@@ -134,12 +136,18 @@ impl Blas {
             open()
         });
         let handle = handle.map_err(|e| failed(gpu, "open cuBLASLt", e))?;
-        let zero_and_one = gpu.upload(&[0.0f32, 1.0]);
-        if zero_and_one.missing() {
+        let factors = [0.0f32, 1.0];
+        // SAFETY: the context lives as long as the process, and the copy is done when the call returns.
+        let upload = || unsafe {
+            gpu.bind()?;
+            let at = memory::malloc_sync(size_of_val(&factors))?;
+            memory::memcpy_htod_sync(at, &factors).map(|()| at)
+        };
+        let zero_and_one = upload().map_err(|e| {
             // SAFETY: nobody has it yet.
             let _ = unsafe { result::destroy_handle(handle) };
-            return Err(gpu.lane().failure());
-        }
+            gpu.refused("open cuBLASLt", size_of_val(&factors), e)
+        })?;
         Ok(Blas { handle, zero_and_one, plans: Mutex::default() })
     }
 
@@ -177,7 +185,7 @@ impl Blas {
             Factor::Host(ref alpha) => ((&raw const *alpha).cast(), (&raw const p.beta).cast()),
             Factor::Gpu(t) => {
                 assert!(p.beta == 0.0 || p.beta == 1.0, "a factor of {} for what is there", p.beta);
-                let beta = self.zero_and_one.at + p.beta as u64 * size_of::<f32>() as u64;
+                let beta = self.zero_and_one + p.beta as u64 * size_of::<f32>() as u64;
                 (t.memory().at as *const c_void, beta as *const c_void)
             }
         };

@@ -66,18 +66,33 @@ pub enum CudaError {
     },
     /// The GPU's memory does not hold what a step needs.
     #[error(
-        "GPU {ordinal} is out of memory: {asked} more bytes were asked for, {free} of {total} are free; lower the \
-         batch size"
+        "GPU {ordinal} is out of memory: {asked} more bytes were asked for, {free} of {total} are free; {remedy}"
     )]
     OutOfMemory {
         /// Which GPU.
         ordinal: usize,
-        /// Bytes of the allocation that failed.
+        /// Bytes of the allocation that failed, as far as the driver says what it was.
         asked: usize,
         /// Bytes free on the device when it failed.
         free: usize,
         /// Bytes of the device.
         total: usize,
+        /// What to do about it.
+        remedy: &'static str,
+    },
+    /// A kernel or the hardware failed. The driver refuses all further work of the process, on every stream: each later
+    /// call gives this error too.
+    #[error(
+        "GPU {ordinal}: {what}: {reason}; a kernel or the GPU has failed, and the driver takes no more work from this \
+         process: start it again"
+    )]
+    Fault {
+        /// Which GPU.
+        ordinal: usize,
+        /// What was asked for when it showed.
+        what: String,
+        /// The driver's words.
+        reason: String,
     },
     /// A kernel was not accepted by the compiler.
     #[error("the kernels of {source_name} do not compile for {target}: {log}")]
@@ -104,6 +119,8 @@ struct Inner {
     main: Lane,
     /// Lanes whose [`Stream`] is gone.
     idle: Mutex<Vec<&'static Lane>>,
+    /// Whose turn it is in [`Gpu::settled`].
+    settling: Mutex<()>,
     modules: Mutex<HashMap<Variant, Module>>,
     blas: OnceLock<Blas>,
     pool: Mutex<Pool>,
@@ -159,6 +176,7 @@ impl Gpu {
             context,
             main,
             idle: Mutex::default(),
+            settling: Mutex::default(),
             modules: Mutex::default(),
             blas: OnceLock::new(),
             pool: Mutex::default(),
@@ -212,7 +230,8 @@ impl Gpu {
     }
 
     /// Waits for all work asked for so far and hands over the first failure since the last call. After
-    /// out-of-memory the GPU works again; after a fault in a kernel the driver refuses all further work.
+    /// out-of-memory the GPU works again; after a fault in a kernel the driver refuses all further work
+    /// ([`CudaError::Fault`]).
     pub fn check(self) -> Result<(), CudaError> {
         self.attempt("finish", |gpu| gpu.lane().synchronize());
         self.lane().take_failure().map_or(Ok(()), Err)
@@ -235,14 +254,22 @@ impl Gpu {
         match self.bind().and_then(|()| f(self)) {
             Ok(()) => true,
             Err(e) => {
-                self.fail(CudaError::Driver {
-                    ordinal: self.0.ordinal,
-                    what: what.into(),
-                    reason: reason(e),
-                });
+                self.fail(self.refused(what, 0, e));
                 false
             }
         }
+    }
+
+    /// Runs `f` on the main stream while no other caller of this does, waits for what it asked for and hands over what
+    /// failed in it: a failure that another thread took away would leave `f`'s tensors without memory and nobody told.
+    ///
+    /// # Errors
+    /// The first failure since the last check.
+    pub fn settled<R>(self, f: impl FnOnce() -> R) -> Result<R, CudaError> {
+        let _alone = lock(&self.0.settling);
+        let out = f();
+        self.check()?;
+        Ok(out)
     }
 
     fn fail(self, e: CudaError) {
@@ -278,18 +305,21 @@ impl Gpu {
         };
         pool.give(bytes, None);
         drop(pool);
-        self.fail(self.refused(bytes, e));
+        self.fail(self.refused(&format!("allocate {bytes} bytes"), bytes, e));
         memory(0)
     }
 
-    /// Why the driver gave no `bytes`.
-    fn refused(self, bytes: usize, e: DriverError) -> CudaError {
-        let ordinal = self.0.ordinal;
-        if e.0 == EXHAUSTED {
-            let (free, total) = result::mem_get_info().unwrap_or((0, 0));
-            return CudaError::OutOfMemory { ordinal, asked: bytes, free, total };
+    /// Why the driver did not do `what`, for which `bytes` were needed as far as is known.
+    fn refused(self, what: &str, bytes: usize, e: DriverError) -> CudaError {
+        let (ordinal, what) = (self.0.ordinal, what.into());
+        match e.0 {
+            EXHAUSTED => {
+                let (free, total) = result::mem_get_info().unwrap_or((0, 0));
+                CudaError::OutOfMemory { ordinal, asked: bytes, free, total, remedy: "lower the batch size" }
+            }
+            code if FAULTS.contains(&code) => CudaError::Fault { ordinal, what, reason: reason(e) },
+            _ => CudaError::Driver { ordinal, what, reason: reason(e) },
         }
-        CudaError::Driver { ordinal, what: format!("allocate {bytes} bytes"), reason: reason(e) }
     }
 
     /// Hands memory that nobody uses back to the driver, for those who do not allocate through the pool.
@@ -422,12 +452,7 @@ impl Gpu {
 
     fn function(self, variant: Variant, name: &'static str) -> Result<sys::CUfunction, CudaError> {
         let mut modules = lock(&self.0.modules);
-        let failed = |what: String, e: DriverError| CudaError::Driver {
-            ordinal: self.0.ordinal,
-            what,
-            reason: reason(e),
-        };
-        self.bind().map_err(|e| failed("use it".into(), e))?;
+        self.bind().map_err(|e| self.refused("use it", 0, e))?;
         let source = variant.source;
         if !modules.contains_key(&variant) {
             let cubin = kernels::cubin(&variant, &self.0.target)?;
@@ -437,7 +462,8 @@ impl Gpu {
                 Err(e) if e.0 == EXHAUSTED => self.reclaim(&mut lock(&self.0.pool)).and_then(|()| load()),
                 other => other,
             };
-            let handle = handle.map_err(|e| failed(format!("load the kernels of {}", source.name), e))?;
+            let what = || format!("load the kernels of {}", source.name);
+            let handle = handle.map_err(|e| self.refused(&what(), cubin.len(), e))?;
             modules.insert(variant.clone(), Module { handle, functions: HashMap::new() });
         }
         let module = modules.get_mut(&variant).expect("inserted above");
@@ -447,7 +473,7 @@ impl Gpu {
         let symbol = CString::new(name).expect("kernel names have no NUL");
         // SAFETY: the module is loaded and never unloaded.
         let f = unsafe { result::module::get_function(module.handle, symbol) }
-            .map_err(|e| failed(format!("find kernel {name} of {}", source.name), e))?;
+            .map_err(|e| self.refused(&format!("find kernel {name} of {}", source.name), 0, e))?;
         module.functions.insert(name, f);
         Ok(f)
     }
@@ -479,6 +505,21 @@ impl Gpu {
 
 /// What the driver says when memory is used up.
 const EXHAUSTED: sys::CUresult = sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY;
+
+/// What it says of kernels and hardware that failed, from when on it says nothing else.
+const FAULTS: [sys::CUresult; 11] = [
+    sys::CUresult::CUDA_ERROR_ILLEGAL_ADDRESS,
+    sys::CUresult::CUDA_ERROR_LAUNCH_FAILED,
+    sys::CUresult::CUDA_ERROR_LAUNCH_TIMEOUT,
+    sys::CUresult::CUDA_ERROR_ILLEGAL_INSTRUCTION,
+    sys::CUresult::CUDA_ERROR_MISALIGNED_ADDRESS,
+    sys::CUresult::CUDA_ERROR_INVALID_ADDRESS_SPACE,
+    sys::CUresult::CUDA_ERROR_INVALID_PC,
+    sys::CUresult::CUDA_ERROR_HARDWARE_STACK_ERROR,
+    sys::CUresult::CUDA_ERROR_ASSERT,
+    sys::CUresult::CUDA_ERROR_ECC_UNCORRECTABLE,
+    sys::CUresult::CUDA_ERROR_NVLINK_UNCORRECTABLE,
+];
 
 pub(crate) use blas::{Factor, Operand, Product};
 pub(crate) use tensor_map::TensorMap;

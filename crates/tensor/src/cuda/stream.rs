@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
 use super::arena::Locked;
-use super::{CudaError, EXHAUSTED, Gpu, lock, reason};
+use super::{CudaError, EXHAUSTED, Gpu, lock};
 
 /// A stream, and the first failure of what was asked of it.
 pub(super) struct Lane {
@@ -71,11 +71,6 @@ impl Lane {
         self.has_failed.load(Ordering::Relaxed)
     }
 
-    /// The failure there is, which stays.
-    pub(super) fn failure(&self) -> CudaError {
-        lock(&self.failure).clone().expect("asked for after a failure")
-    }
-
     pub(super) fn take_failure(&self) -> Option<CudaError> {
         let failure = lock(&self.failure).take();
         self.has_failed.store(false, Ordering::Relaxed);
@@ -94,7 +89,7 @@ impl Lane {
             Err(e) if e.0 == EXHAUSTED => gpu.reclaim(&mut lock(&gpu.0.pool)).and_then(|()| ask()),
             other => other,
         };
-        let at = got.map_err(|e| gpu.refused(bytes, e))?;
+        let at = got.map_err(|e| gpu.refused("allocate what cuBLASLt works in", bytes, e))?;
         // Work on a lane is asked for by one thread at a time, on the main stream by holders of cuBLASLt's plans.
         Ok(*self.workspace.get_or_init(|| at))
     }
@@ -113,19 +108,15 @@ impl Stream {
     /// A failure on the main stream since the last check; what the driver refuses.
     pub fn new(gpu: Gpu) -> Result<Stream, CudaError> {
         gpu.check()?;
-        let failed = |what: &str, e| CudaError::Driver {
-            ordinal: gpu.ordinal(),
-            what: what.into(),
-            reason: reason(e),
-        };
-        gpu.bind().map_err(|e| failed("use it", e))?;
-        gpu.blas()?;
-        gpu.check()?;
+        gpu.bind().map_err(|e| gpu.refused("use it", 0, e))?;
         let idle = lock(&gpu.0.idle).pop();
         let lane = match idle {
             Some(lane) => lane,
             // As many live on as were in use at one time.
-            None => Box::leak(Box::new(Lane::new(&gpu.0.context).map_err(|e| failed("make a stream", e))?)),
+            None => {
+                let lane = Lane::new(&gpu.0.context).map_err(|e| gpu.refused("make a stream", 0, e))?;
+                Box::leak(Box::new(lane))
+            }
         };
         Ok(Stream { gpu, lane })
     }
@@ -138,7 +129,8 @@ impl Stream {
     /// Launches what `f` asks for on this stream, waits for it and hands over what failed.
     ///
     /// # Errors
-    /// The first failure. After a fault in a kernel the driver refuses all further work of the process.
+    /// The first failure. After a fault in a kernel the driver refuses all further work of the process
+    /// ([`CudaError::Fault`]).
     pub fn run<R>(&mut self, f: impl FnOnce() -> R) -> Result<R, CudaError> {
         let out = self.entered(f);
         self.entered(|| self.gpu.check())?;
@@ -179,11 +171,7 @@ impl Stream {
                 match unsafe { result::stream::end_capture(self.lane.stream()) } {
                     Ok(g) if !g.is_null() => graph = Some(g),
                     Ok(_) => {}
-                    Err(e) => gpu.fail(CudaError::Driver {
-                        ordinal: gpu.ordinal(),
-                        what: "end a graph".into(),
-                        reason: reason(e),
-                    }),
+                    Err(e) => gpu.fail(gpu.refused("end a graph", 0, e)),
                 }
             }
             graph
@@ -385,6 +373,54 @@ mod tests {
         let run = || stream.run(|| Tensor::zeros(&[4]).to(Device::Cuda(gpu))).map(|_| ());
         assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).is_err());
         stream.run(|| ()).unwrap();
+    }
+
+    /// In a process of its own: no other test could use the GPU afterwards.
+    #[test]
+    fn after_a_fault_in_a_kernel_every_call_says_so() {
+        const NAME: &str = "cuda::stream::tests::after_a_fault_in_a_kernel_every_call_says_so";
+        const CHILD: &str = "GPUSQ_TEST_FAULT";
+        static BAD: crate::cuda::Source = crate::cuda::Source {
+            name: "bad",
+            text: "extern \"C\" __global__ void write(int* to) { to[threadIdx.x] = 1; }",
+        };
+        let Some(gpu) = gpu() else { return };
+        if std::env::var_os(CHILD).is_none() {
+            let mut test = std::process::Command::new(std::env::current_exe().unwrap());
+            let done = test.args(["--exact", NAME, "--nocapture"]).env(CHILD, "1").output().unwrap();
+            let said = String::from_utf8_lossy(&done.stdout);
+            assert!(done.status.success() && said.contains("every call said so"), "{done:?}");
+            return;
+        }
+        let x = Tensor::zeros(&[4]).to(Device::Cuda(gpu));
+        let mut streams = [Stream::new(gpu).unwrap(), Stream::new(gpu).unwrap()];
+        let grid = crate::cuda::Grid::blocks(1);
+        // An address that nobody has allocated.
+        let first = streams[0].run(|| gpu.launch(&BAD, "write", grid, &[4096u64.into()])).unwrap_err();
+        let mut said = vec![first];
+        for _ in 0..2 {
+            said.extend(streams.iter_mut().map(|s| s.run(|| x.memory().zero()).unwrap_err()));
+            said.push(Arena::new(gpu, 1 << 20).err().unwrap());
+            said.push(Stream::new(gpu).and_then(|mut s| s.run(|| x.memory().zero())).unwrap_err());
+        }
+        for e in said {
+            assert!(matches!(e, CudaError::Fault { .. }), "{e:?}");
+            assert!(e.to_string().contains("start it again"), "{e}");
+        }
+        println!("every call said so");
+        // Objects of a context that is lost are not given back.
+        std::process::exit(0);
+    }
+
+    #[test]
+    fn a_launch_that_is_left_out_is_a_failure() {
+        let Some(gpu) = gpu() else { return };
+        let x = Tensor::zeros(&[100]).to(Device::Cuda(gpu));
+        let mut stream = Stream::new(gpu).unwrap();
+        // Rows of 20 bytes.
+        let e = stream.run(|| crate::cuda::TensorMap::rows(x.memory(), 20, 20, 8).is_some()).unwrap_err();
+        assert!(e.to_string().contains("20 rows of 20 bytes"), "{e}");
+        assert!(stream.run(|| crate::cuda::TensorMap::rows(x.memory(), 25, 16, 8).is_some()).unwrap());
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::mem::MaybeUninit;
 
 use cudarc::driver::sys;
 
-use super::{Arg, Memory};
+use super::{Arg, CudaError, Memory};
 
 /// What the copy engine has to know of a matrix: a kernel takes it by value (`const __grid_constant__ TensorMap`).
 #[derive(Clone, Copy)]
@@ -14,11 +14,18 @@ pub(crate) struct TensorMap([u64; 16]);
 
 impl TensorMap {
     /// `rows` rows of `width` bytes, read in boxes of `box_rows` rows x 128 bytes, whose 16-byte chunks are exchanged
-    /// in shared memory as wgmma reads them (128-byte swizzle); what lies outside reads as zero. `None` if the engine
-    /// cannot read such a matrix: rows are not a multiple of 16 bytes, or the box has over 256 rows.
+    /// in shared memory as wgmma reads them (128-byte swizzle); what lies outside reads as zero. `None`, and the
+    /// GPU has failed, if the engine cannot read such a matrix: memory that was not had, rows that are not a multiple of 16
+    /// bytes, a box of over 256 rows. A launch that is left out for it must not pass for one that ran.
     pub(crate) fn rows(memory: &Memory, rows: usize, width: usize, box_rows: usize) -> Option<TensorMap> {
+        let refused = |reason: String| {
+            let what =
+                format!("describe {rows} rows of {width} bytes in boxes of {box_rows} to the copy engine");
+            memory.gpu.fail(CudaError::Driver { ordinal: memory.gpu.ordinal(), what, reason });
+            None
+        };
         if memory.at == 0 || rows == 0 || !width.is_multiple_of(16) || width >= 1 << 31 || box_rows > 256 {
-            return None;
+            return refused("it reads no such matrix".into());
         }
         let mut map = MaybeUninit::<TensorMap>::zeroed();
         let (extent, pitch) = ([width as u64, rows as u64], [width as u64]);
@@ -41,8 +48,12 @@ impl TensorMap {
                 sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
             )
         };
-        // SAFETY: zeroed, and any bytes make a map.
-        (made == sys::CUresult::CUDA_SUCCESS).then(|| unsafe { map.assume_init() })
+        if made == sys::CUresult::CUDA_SUCCESS {
+            // SAFETY: zeroed, and any bytes make a map.
+            Some(unsafe { map.assume_init() })
+        } else {
+            refused(format!("{made:?}"))
+        }
     }
 }
 

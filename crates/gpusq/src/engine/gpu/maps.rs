@@ -216,11 +216,7 @@ impl Map {
         match self {
             Map::Codes(map) => {
                 let choice = choice.expect("every INT8 map has a kernel");
-                let weight = match choice.sparse {
-                    true => &map.weight,
-                    false => map.dense.get().expect("a dense twin is made before a plan uses it"),
-                };
-                sparse_linear(&choice.kernel, x, weight, &map.epilogue, out);
+                sparse_linear(&choice.kernel, x, map.multiplied(choice), &map.epilogue, out);
             }
             Map::Half { weight, bias, function } => half_linear::apply(x, weight, bias, *function, out),
             Map::Last { weight, bias } => dense_linear::apply(x, weight, bias.as_ref(), None, out),
@@ -229,6 +225,14 @@ impl Map {
 }
 
 impl CodesMap {
+    /// The form of the weight that a kernel multiplies.
+    pub(super) fn multiplied(&self, choice: &Choice) -> &Weight {
+        match choice.sparse {
+            true => &self.weight,
+            false => self.dense.get().expect("a dense twin is made before a plan uses it"),
+        }
+    }
+
     /// The weight with its zeros.
     pub(super) fn twin(&self, gpu: Gpu) -> Weight {
         let codes: Vec<i8> = self.stored.iter().flat_map(unpack_codes).collect();

@@ -10,6 +10,7 @@ mod maps;
 mod network;
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::{Mutex, MutexGuard};
 
 use gpusq_tensor::cuda::{Arena, CudaError, Gpu, Graph, Pinned, Stream};
@@ -58,6 +59,34 @@ fn likely(w: &Weight, rows: usize) -> Vec<Kernel> {
     all
 }
 
+/// What can be done about memory that was missing when a model was loaded.
+fn at_load(e: CudaError) -> Error {
+    advised(
+        e,
+        "the model does not fit beside what is there: end other programs on this GPU, or use another device",
+    )
+}
+
+/// What can be done about memory that was missing for a request. The next tries again; those of a size that was met
+/// before need none.
+fn in_request(e: Error) -> Error {
+    let remedy = "a size of batch that is new needs some once: free memory on this GPU and ask again; sizes that were \
+                  answered before still are";
+    match e {
+        Error::Device(e) => advised(e, remedy),
+        other => other,
+    }
+}
+
+fn advised(e: CudaError, remedy: &'static str) -> Error {
+    Error::Device(match e {
+        CudaError::OutOfMemory { ordinal, asked, free, total, .. } => {
+            CudaError::OutOfMemory { ordinal, asked, free, total, remedy }
+        }
+        other => other,
+    })
+}
+
 /// What requests change, one at a time.
 struct Context {
     gpu: Gpu,
@@ -86,8 +115,7 @@ struct Ready {
 
 impl Encoder {
     pub(super) fn load(gpu: Gpu, model: &Model, stack: &Stack, products: Products) -> Result<Encoder> {
-        let network = Network::load(gpu, model, stack, products)?;
-        gpu.check()?;
+        let network = gpu.settled(|| Network::load(gpu, model, stack, products)).map_err(at_load)??;
         let Positions::Learned { numbering, .. } = stack.embed.positions else {
             unreachable!("refused by the network")
         };
@@ -97,7 +125,7 @@ impl Encoder {
         let context = loop {
             match Context::new(gpu, &network, limit, products) {
                 Err(CudaError::OutOfMemory { .. }) if limit / 2 >= longest => limit /= 2,
-                other => break other?,
+                other => break other.map_err(at_load)?,
             }
         };
         Ok(Encoder { network, context: Mutex::new(context), limit, numbering, pad: model.spec.tokens.pad })
@@ -111,7 +139,7 @@ impl Encoder {
         let bucket = Bucket::of(lengths.iter().sum(), lengths.len());
         let positions = position_rows(tokens, self.numbering, self.pad);
         let part = Part { tokens, positions: &positions, lengths, begin: 0 };
-        self.context().plan(&self.network, bucket, &part)
+        self.context().plan(&self.network, bucket, &part).map_err(in_request)
     }
 
     /// The head's output for tokens that fit the model, as [`super::Engine::run`] gives it; zeros for padding.
@@ -129,7 +157,7 @@ impl Encoder {
             let begin = sequences.start;
             let part = Part { tokens, positions: &positions, lengths: &lengths[sequences], begin };
             let mut context = self.context();
-            context.run(&self.network, &part)?;
+            context.run(&self.network, &part).map_err(in_request)?;
             // Rows of the part's tokens, or sequences, one after the other.
             let mut place = |row: usize, values: &mut dyn Iterator<Item = f32>| {
                 result[row * width..][..width].iter_mut().zip(values).for_each(|(to, v)| *to = v);
@@ -238,9 +266,8 @@ impl Context {
     /// The graph of a bucket. `part` is some input for it.
     fn prepare(&mut self, network: &Network, bucket: Bucket, part: &Part) -> Result<Ready> {
         let plan = self.plan(network, bucket, part)?;
-        let choices = network.planned(self.gpu, &plan, bucket);
-        // Dense twins may have been sent.
-        self.gpu.check()?;
+        let choices = network.planned(self.gpu, &plan, bucket)?;
+        prepare(&network.kernels(&choices));
         let mut buffers = Buffers::new(&self.arena, network, bucket);
         part.write(&buffers.segments, &mut self.input);
         let Context { stream, input, sums, states, .. } = self;
@@ -267,47 +294,87 @@ impl Context {
         if let Some(plan) = self.plans.get(class.tokens, class.sequences) {
             return Ok(plan.clone());
         }
-        let mut buffers = Buffers::new(&self.arena, network, class);
-        part.write(&buffers.segments, &mut self.input);
+        let mut trials = Vec::new();
+        for (first, rows) in [(false, class.tokens), (true, class.sequences)] {
+            for (place, maps) in network.maps(first) {
+                self.twins(place, first, &maps)?;
+                trials.push(Trial { place, first, rows, maps });
+            }
+        }
+        let Context { stream, input, arena, twins, products, .. } = self;
+        let candidates: Vec<_> =
+            trials.iter().map(|t| t.candidates(&twins[&(t.place, t.first)], *products)).collect();
+        // All at once, on all threads: what is new takes half a second to compile.
+        let epilogues = trials.iter().map(|t| &t.maps[0].epilogue);
+        let all =
+            candidates.iter().zip(epilogues).flat_map(|(c, e)| c.iter().map(move |(k, w)| (*k, w[0], e)));
+        prepare(&all.collect::<Vec<_>>());
+        let mut buffers = Buffers::new(arena, network, class);
+        part.write(&buffers.segments, input);
         // Kernels are timed on what they will meet.
         let untimed = network.untimed(class);
-        self.stream.run(|| {
-            self.input.upload(&buffers.input);
+        stream.run(|| {
+            input.upload(&buffers.input);
             network.launch(&untimed, &mut buffers);
         })?;
         let mut plan = Vec::new();
-        for (first, rows) in [(false, class.tokens), (true, class.sequences)] {
-            for (place, maps) in network.maps(first) {
-                plan.push(self.time(place, first, rows, &maps, network.dense_head(), &mut buffers)?);
-            }
+        for (trial, candidates) in trials.iter().zip(candidates) {
+            plan.push(trial.time(stream, candidates, network.dense_head(), &mut buffers)?);
         }
         self.plans.insert(class.tokens, class.sequences, plan.clone());
         Ok(plan)
     }
 
-    /// Times every kernel that can compute `maps`.
+    /// Makes the dense twins of the maps that are timed for `maps`, if they are not there.
+    fn twins(&mut self, place: Place, first: bool, maps: &[&CodesMap]) -> Result<()> {
+        if let Entry::Vacant(new) = self.twins.entry((place, first)) {
+            let gpu = self.gpu;
+            // Kept once they are there: a twin without memory would be multiplied by later requests.
+            new.insert(gpu.settled(|| timed(maps).iter().map(|m| m.twin(gpu)).collect())?);
+        }
+        Ok(())
+    }
+}
+
+/// The maps that kernels are timed on.
+fn timed<'a, 'b>(maps: &'b [&'a CodesMap]) -> &'b [&'a CodesMap] {
+    &maps[..maps.len().min(TIMED_MAPS)]
+}
+
+/// A kernel and the weights of the timed maps, in the form that it multiplies.
+type Candidate<'a> = (Kernel, Vec<&'a Weight>);
+
+/// What one row of a plan is found by.
+struct Trial<'a> {
+    place: Place,
+    first: bool,
+    rows: usize,
+    maps: Vec<&'a CodesMap>,
+}
+
+impl Trial<'_> {
+    /// The kernels to time, with the maps' weights or with their dense `twins`.
+    fn candidates<'b>(&'b self, twins: &'b [Weight], products: Products) -> Vec<Candidate<'b>> {
+        let weights: [Vec<&Weight>; 2] =
+            [timed(&self.maps).iter().map(|m| &m.weight).collect(), twins.iter().collect()];
+        let allowed = |w: &&Vec<&Weight>| products == Products::Fastest || !w[0].is_sparse();
+        let kernels = |w: &Vec<&'b Weight>| {
+            let w = w.clone();
+            likely(w[0], self.rows).into_iter().map(move |k| (k, w.clone()))
+        };
+        weights.iter().filter(allowed).flat_map(kernels).collect()
+    }
+
+    /// Times each of `candidates`.
     fn time(
-        &mut self,
-        place: Place,
-        first: bool,
-        rows: usize,
-        maps: &[&CodesMap],
-        dense: bool,
+        &self,
+        stream: &mut Stream,
+        candidates: Vec<Candidate>,
+        dense_head: bool,
         buffers: &mut Buffers,
     ) -> Result<Row> {
-        let timed = &maps[..maps.len().min(TIMED_MAPS)];
-        let gpu = self.gpu;
-        let twins =
-            self.twins.entry((place, first)).or_insert_with(|| timed.iter().map(|m| m.twin(gpu)).collect());
-        gpu.check()?;
-        let weights: [Vec<&Weight>; 2] = [timed.iter().map(|m| &m.weight).collect(), twins.iter().collect()];
-        let candidates: Vec<(Kernel, &Vec<&Weight>)> =
-            weights.iter().flat_map(|w| likely(w[0], rows).into_iter().map(move |k| (k, w))).collect();
-        let allowed = |w: &Weight| self.products == Products::Fastest || !w.is_sparse();
-        let candidates: Vec<_> = candidates.into_iter().filter(|(_, w)| allowed(w[0])).collect();
-        let all: Vec<_> = candidates.iter().map(|(k, w)| (*k, w[0], &timed[0].epilogue)).collect();
-        prepare(&all);
-        let (x, out) = buffers.ends(place, first, dense);
+        let (x, out) = buffers.ends(self.place, self.first, dense_head);
+        let timed = timed(&self.maps);
         let mut times = Vec::new();
         for (kernel, weights) in candidates {
             let mut launches = || {
@@ -315,9 +382,9 @@ impl Context {
                     sparse_linear(&kernel, x, w, &map.epilogue, out);
                 }
             };
-            self.stream.run(&mut launches)?;
-            let mut graph = self.stream.capture(|| (0..REPEATS).for_each(|_| launches()))?;
-            let mut runs = self.stream.times(RUNS, || graph.launch())?;
+            stream.run(&mut launches)?;
+            let mut graph = stream.capture(|| (0..REPEATS).for_each(|_| launches()))?;
+            let mut runs = stream.times(RUNS, || graph.launch())?;
             runs.sort_by(f64::total_cmp);
             times.push(Time {
                 kernel: kernel.to_string(),
@@ -328,7 +395,8 @@ impl Context {
         let best = times.iter().min_by(|a, b| a.microseconds.total_cmp(&b.microseconds));
         let best = best.expect("there is a kernel for every map");
         let (kernel, sparse) = (best.kernel.clone(), best.sparse);
-        let shape = [maps[0].weight.rows(), maps[0].weight.cols()];
-        Ok(Row { place, first, tokens: rows, shape, maps: maps.len(), kernel, sparse, times })
+        let shape = [self.maps[0].weight.rows(), self.maps[0].weight.cols()];
+        let (place, first, tokens, maps) = (self.place, self.first, self.rows, self.maps.len());
+        Ok(Row { place, first, tokens, shape, maps, kernel, sparse, times })
     }
 }

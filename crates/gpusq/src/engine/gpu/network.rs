@@ -6,7 +6,7 @@ use gpusq_tensor::cuda::Gpu;
 use gpusq_tensor::ops::codes::Codes;
 use gpusq_tensor::ops::norm_codes::{self, Lookup, add_norm, embed_norm};
 use gpusq_tensor::ops::select::first_rows;
-use gpusq_tensor::ops::sparse_linear::{Epilogue, Store, kernels};
+use gpusq_tensor::ops::sparse_linear::{Epilogue, Kernel, Store, Weight, kernels};
 use gpusq_tensor::ops::varlen_attention::{self, Qkv, attention};
 use gpusq_tensor::{Device, Tensor};
 
@@ -256,15 +256,18 @@ impl Network {
         Choices { tokens: choose(false, bucket.tokens), first: choose(true, bucket.sequences) }
     }
 
-    /// The kernels that a plan names.
-    pub(super) fn planned(&self, gpu: Gpu, plan: &[Row], bucket: Bucket) -> Choices {
+    /// The kernels that a plan names, with the dense twins they multiply.
+    pub(super) fn planned(&self, gpu: Gpu, plan: &[Row], bucket: Bucket) -> Result<Choices> {
         let mut choices = self.untimed(bucket);
         for (first, kept) in [(false, &mut choices.tokens), (true, &mut choices.first)] {
             for (place, maps) in self.maps(first) {
                 let Some(row) = plan.iter().find(|r| r.place == place && r.first == first) else { continue };
                 if !row.sparse {
-                    maps.iter().for_each(|m| {
-                        m.dense.get_or_init(|| m.twin(gpu));
+                    let new: Vec<_> = maps.iter().filter(|m| m.dense.get().is_none()).collect();
+                    // Kept once they are there: a twin without memory would be multiplied by later requests.
+                    let twins: Vec<_> = gpu.settled(|| new.iter().map(|m| m.twin(gpu)).collect())?;
+                    new.iter().zip(twins).for_each(|(m, twin)| {
+                        let _ = m.dense.set(twin);
                     });
                 }
                 let weight = if row.sparse { Some(&maps[0].weight) } else { maps[0].dense.get() };
@@ -274,7 +277,20 @@ impl Network {
                 }
             }
         }
-        choices
+        Ok(choices)
+    }
+
+    /// What `choices` launch, to be compiled at once.
+    pub(super) fn kernels(&self, choices: &Choices) -> Vec<(Kernel, &Weight, &Epilogue)> {
+        let mut all = Vec::new();
+        for (first, chosen) in [(false, &choices.tokens), (true, &choices.first)] {
+            for (place, maps) in self.maps(first) {
+                if let Some(choice) = chosen.get(&place) {
+                    all.push((choice.kernel, maps[0].multiplied(choice), &maps[0].epilogue));
+                }
+            }
+        }
+        all
     }
 
     /// Asks for everything between the input block and the outputs in `b`.

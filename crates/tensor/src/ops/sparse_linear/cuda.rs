@@ -337,7 +337,7 @@ pub(super) fn launch(kernel: &Kernel, x: &Tensor, w: &Weight, e: &Epilogue, out:
             let slots = chip.multiprocessors * k.per_sm(shape.sparse) / k.cluster;
             let clusters = if k.split > 1 { tiles } else { tiles.min(slots.max(k.tiles(shape.rows, 1))) };
             let map = TensorMap::rows(x.memory(), tokens, shape.cols, k.tokens / k.cluster);
-            // Memory that was not had: the GPU has failed, and nothing is started.
+            // The GPU has failed with it, and nothing is started.
             let Some(map) = map else { return };
             ("sparse_linear", map.into(), clusters * k.cluster * k.split, (k.groups + 1) * 128)
         }

@@ -9,6 +9,8 @@
 //! two neighbouring features. The indices of a row's inputs 0..32 are those of thread `4 g` (row `g + 8`: `4 g + 1`),
 //! of inputs 32..64 those of `4 g + 2` (`4 g + 3`).
 
+use rayon::prelude::*;
+
 /// Rows of a block.
 pub(super) const ROWS: usize = 64;
 
@@ -78,12 +80,12 @@ pub(super) fn sparse(values: &[i8], meta: &[u8], rows: usize, cols: usize) -> Ve
 }
 
 /// Fills each block, given its first row and input.
-fn blocks(rows: usize, cols: usize, fill: impl Fn(&mut [i8], usize, usize), sparse: bool) -> Vec<i8> {
+fn blocks(rows: usize, cols: usize, fill: impl Fn(&mut [i8], usize, usize) + Sync, sparse: bool) -> Vec<i8> {
     let along = cols.div_ceil(COLS);
     let mut out = vec![0; rows.div_ceil(ROWS) * along * block_bytes(sparse)];
-    for (k, block) in out.chunks_exact_mut(block_bytes(sparse)).enumerate() {
+    out.par_chunks_exact_mut(block_bytes(sparse)).enumerate().for_each(|(k, block)| {
         fill(block, k / along * ROWS, k % along * COLS);
-    }
+    });
     out
 }
 
