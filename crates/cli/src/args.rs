@@ -93,7 +93,14 @@ pub(crate) fn command() -> Command {
                 .arg(Arg::new("spec").long("spec").value_name("SIZE").help(sizes()))
                 .args([batches("1,8,32,128"), lengths()])
                 .arg(Arg::new("repeats").long("repeats").value_name("N").value_parser(value_parser!(u16).range(1..)).default_value("50").help("Timed runs of each"))
+                .args([
+                    task().required(false).requires("data").help("Time batches of this task's texts instead, as they are and padded to each length (names: gpusq eval --help)"),
+                    data().required(false).requires("task"),
+                    split().requires("task"),
+                    Arg::new("tokenizer").long("tokenizer").value_name("DIR").requires("task").help("Folder with the tokenizer for the texts (default: the model's)"),
+                ])
                 .arg(out().help("Folder for bench.json and report.html"))
+                .arg(Arg::new("first-answer").long("first-answer").action(ArgAction::SetTrue).hide(true))
                 .after_help(BENCH_TIMES),
         )
         .subcommand(
@@ -167,7 +174,13 @@ fn advised(mut e: clap::Error, command: Option<&OsString>) -> clap::Error {
 const BENCH_TIMES: &str = "\
 On a GPU a run is one launch of the batch's CUDA graph: tokens to the GPU, every layer, outputs back; runs follow each
 other without a pause. Timed are the same weights dense in f16 (by cuBLASLt), dense in INT8, and 2:4 in INT8 with dense
-and with sparse attention. Nothing is padded. On a CPU it is the last two.";
+and with sparse attention. Nothing is padded. On a CPU it is the last two.
+
+With --task, batches of its texts are timed in 2:4 INT8, drawn at random (the same each time), beside batches of as many
+texts of the full length, which is what padding would cost.
+
+Last comes what a program takes from its start to its first answer: cold, where nothing but the kernels is in the cache
+and the plan is measured first, and warm, where the plan is there too. The folder was read before.";
 
 /// The sizes of `gpusq bench --spec`, for its help.
 fn sizes() -> String {
@@ -181,8 +194,9 @@ A line is plain text, or a JSON object: {\"text\": ...}, {\"text\": ..., \"text_
 answers questions {\"question\": ..., \"context\": ...}; an \"id\" comes back with the answer. Each line that is not
 empty gives one JSON line, in their order: \"label\" with \"probabilities\", \"value\" of a regression, \"answer\" with
 \"start\" and \"end\" in characters of the context, or, of a model without a head, the \"embedding\": the mean of the
-hidden states, of length 1. Lines are read ahead and batched by length; those that have come are answered when
-no more come at once. A line that cannot be read ends the run, after the answers to those before it.";
+hidden states, of length 1; \"tokens_dropped\" says that a text is longer than the model takes, and by how much. Lines are
+read ahead and batched by length; those that have come are answered at once. A line that cannot be read ends the run, after
+the answers to those before it.";
 
 /// How else processes are started, for the help of `gpusq launch`.
 const LAUNCH: &str = "\

@@ -3,9 +3,8 @@
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, stdin};
 use std::path::Path;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::sync::mpsc::{Receiver, TryRecvError, sync_channel};
 use std::thread;
-use std::time::Duration;
 
 use clap::ArgMatches;
 use gpusq::infer::{Answer, Predictor, Prepared};
@@ -20,10 +19,6 @@ use crate::progress::{out, unread};
 
 /// Batches that are read before the first of them runs, so that lines of one length find each other.
 const AHEAD: usize = 16;
-
-/// How long the next line is waited for before those that have come are answered: whoever types, or asks again only
-/// after an answer, gets it, and a program that writes without a pause still fills its batches.
-const PAUSE: Duration = Duration::from_millis(10);
 
 pub(crate) fn run(m: &ArgMatches) -> Result<()> {
     let (device, _) = args::device_of(m)?;
@@ -58,11 +53,15 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
         }
         other => other?,
     };
+    if let Some(note) = predictor.note() {
+        eprintln!("note: {note}");
+    }
     let batch = usize::from(*m.get_one::<u16>("batch-size").expect("has a default"));
     let mut lines = Lines { from: read(source, batch * AHEAD), path, number: 0 };
     let mut end = None;
     while end.is_none() {
         let (mut requests, mut prepared) = (Vec::new(), Vec::new());
+        // Whoever asks again only after an answer gets it at once; what others write meanwhile is the next batch.
         while prepared.len() < batch * AHEAD {
             let line = match lines.next(whole || prepared.is_empty()) {
                 Next::Line(line) => line,
@@ -90,8 +89,13 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
                 }
             }
         }
-        for ((number, request), answer) in requests.iter().zip(predictor.answers(&prepared, batch)?) {
-            out(Value::Object(shown(&predictor, *number, request, answer)));
+        let answers = predictor.answers(&prepared, batch)?;
+        for (((number, request), input), answer) in requests.iter().zip(&prepared).zip(answers) {
+            let mut object = shown(&predictor, *number, request, answer);
+            if input.dropped() > 0 {
+                object.insert("tokens_dropped".into(), input.dropped().into());
+            }
+            out(Value::Object(object));
         }
         if unread() {
             return Ok(());
@@ -147,8 +151,8 @@ impl<'a> Lines<'a> {
     /// The next line, which is waited for however long it takes if `patient`.
     fn next(&mut self, patient: bool) -> Next<'a> {
         let next = match patient {
-            true => self.from.recv().map_err(|_| RecvTimeoutError::Disconnected),
-            false => self.from.recv_timeout(PAUSE),
+            true => self.from.recv().map_err(|_| TryRecvError::Disconnected),
+            false => self.from.try_recv(),
         };
         match next {
             Ok(Ok(bytes)) => {
@@ -156,8 +160,8 @@ impl<'a> Lines<'a> {
                 Next::Line(Line { bytes, path: self.path, number: self.number })
             }
             Ok(Err(e)) => Next::End(Err(Error::io(self.path)(e))),
-            Err(RecvTimeoutError::Timeout) => Next::Later,
-            Err(RecvTimeoutError::Disconnected) => Next::End(Ok(())),
+            Err(TryRecvError::Empty) => Next::Later,
+            Err(TryRecvError::Disconnected) => Next::End(Ok(())),
         }
     }
 }
@@ -265,6 +269,37 @@ fn shown(predictor: &Predictor, number: usize, request: &Request, answer: Answer
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A line, and the next after a while.
+    struct Slow(std::vec::IntoIter<&'static str>);
+
+    impl Read for Slow {
+        fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
+            thread::sleep(std::time::Duration::from_millis(200));
+            let line = self.0.next().unwrap_or_default();
+            to[..line.len()].copy_from_slice(line.as_bytes());
+            Ok(line.len())
+        }
+    }
+
+    /// A file's batches do not depend on how fast it is read, and nobody waits for lines that may never come.
+    #[test]
+    fn lines_of_a_file_are_waited_for_and_others_are_not() {
+        let slow = |lines: Vec<&'static str>| Lines {
+            from: read(Slow(lines.into_iter()), 8),
+            path: Path::new("lines"),
+            number: 0,
+        };
+        let mut file = slow(vec!["a\n", "b\nc\n", "d"]);
+        for number in 1..=4 {
+            assert!(matches!(file.next(true), Next::Line(line) if line.number == number));
+        }
+        assert!(matches!(file.next(true), Next::End(Ok(()))));
+        let mut typed = slow(vec!["a\n", "b\n"]);
+        assert!(matches!(typed.next(true), Next::Line(_)));
+        assert!(matches!(typed.next(false), Next::Later));
+        assert!(matches!(typed.next(true), Next::Line(line) if line.bytes == b"b\n"));
+    }
 
     fn message(line: &str, head: Option<HeadKind>) -> String {
         Request::parse(line, head).err().unwrap_or_else(|| panic!("accepted {line}"))

@@ -1,5 +1,9 @@
 //! How fast does a model run, and how much of that is due to what was done to it?
 
+use std::path::Path;
+use std::time::Instant;
+
+use gpusq_tensor::cuda::fnv;
 use gpusq_tensor::{Device, Tensor, normal};
 
 use crate::arch::{self, Config};
@@ -7,9 +11,11 @@ use crate::engine::{Engine, Products};
 use crate::inputs::{Inputs, Tokens};
 use crate::model::{Model, Stage};
 use crate::params::{Packed, Params, Weight};
-use crate::report::{BenchCell, BenchSeries};
+use crate::report::{BenchCell, BenchLoad, BenchSeries, BenchTexts, TextBatch};
 use crate::sparsity::Pattern;
 use crate::spec::Linear;
+use crate::task::{Example, HeadKind};
+use crate::train::batch::collate;
 use crate::{Error, Result};
 
 /// A published size, to be timed with random weights.
@@ -62,7 +68,7 @@ impl Size {
     /// A packed INT8 model of this size with random weights. Step sizes are such that codes use their range: time and
     /// power depend on it.
     pub fn model(&self, seed: u64) -> Model {
-        let path = std::path::Path::new("config.json");
+        let path = Path::new("config.json");
         let config = Config::parse(path, self.config).expect("written above");
         let spec =
             (arch::find(&config).expect("a known family").spec)(&config).expect("a complete configuration");
@@ -192,7 +198,7 @@ pub fn bench(
                 engine.times(&inputs, grid.repeats.div_ceil(4))?;
                 let mut milliseconds = engine.times(&inputs, grid.repeats)?;
                 milliseconds.sort_by(f64::total_cmp);
-                let start = std::time::Instant::now();
+                let start = Instant::now();
                 engine.run(&inputs)?;
                 let request = start.elapsed().as_secs_f64() * 1e3;
                 let cell = BenchCell::new(batch, length, &milliseconds, request);
@@ -203,6 +209,77 @@ pub fn bench(
         all.push(BenchSeries { name: v.name.into(), about: v.about.into(), cells });
     }
     Ok(all)
+}
+
+/// Batches of texts that are timed for each size of batch.
+const TEXT_BATCHES: usize = 12;
+
+/// Times `model`, packed INT8, on batches of `examples`, each of at most `length` tokens, drawn at random (the same each
+/// time), beside batches that are padded to `length` tokens: for the sizes and repeats of `grid`. `watch` is told each row.
+///
+/// # Errors
+/// As [`Engine::load`] and [`Engine::run`]; fewer examples than a batch has.
+pub fn bench_texts(
+    model: &Model,
+    device: Device,
+    examples: &[Example],
+    pad: u32,
+    length: usize,
+    grid: &Grid,
+    watch: &mut dyn FnMut(&str),
+) -> Result<Vec<BenchTexts>> {
+    let engine = Engine::load(model, device)?;
+    let median = |inputs: &Inputs| -> Result<f64> {
+        engine.times(inputs, grid.repeats.div_ceil(4))?;
+        let mut times = engine.times(inputs, grid.repeats)?;
+        times.sort_by(f64::total_cmp);
+        Ok(times[times.len() / 2])
+    };
+    let mut order: Vec<usize> = (0..examples.len()).collect();
+    order.sort_by_key(|i| fnv(&i.to_le_bytes()));
+    let mut rows = Vec::new();
+    for &batch in &grid.batches {
+        if batch > examples.len() {
+            let message =
+                format!("a batch of {batch} from {} texts; give more, or a smaller one", examples.len());
+            return Err(Error::Mismatch(message));
+        }
+        let padded = median(&random_inputs(model, batch, length))?;
+        let one = |which: &[usize]| -> Result<TextBatch> {
+            let tokens = which.iter().map(|&i| examples[i].ids.len()).sum();
+            let inputs = collate(examples, which, HeadKind::Value, pad).inputs;
+            Ok(TextBatch { tokens, median: median(&inputs)? })
+        };
+        let batches = order.chunks_exact(batch).take(TEXT_BATCHES).map(one).collect::<Result<_>>()?;
+        let row = BenchTexts { batch, length, runs: grid.repeats, padded, batches };
+        watch(&format!(
+            "  {batch} texts of {:.1} tokens: {:.3} ms; of {length}: {padded:.3} ms",
+            row.tokens() / batch as f64,
+            row.milliseconds()
+        ));
+        rows.push(row);
+    }
+    Ok(rows)
+}
+
+/// Loads the packed model in `dir` and answers one batch: what each part took. [`BenchLoad::open`] and its name are the
+/// caller's to fill in. In a process that has done so before, a GPU has its kernels loaded.
+///
+/// # Errors
+/// As [`Model::load`], [`Engine::load`] and [`Engine::run`].
+pub fn bench_load(dir: &Path, device: Device, batch: usize, length: usize) -> Result<BenchLoad> {
+    let clock = Instant::now();
+    let mut last = 0.0;
+    let mut lap = || {
+        let now = clock.elapsed().as_secs_f64() * 1e3;
+        now - std::mem::replace(&mut last, now)
+    };
+    let model = Model::load(dir)?;
+    let read = lap();
+    let engine = Engine::load(&model, device)?;
+    let prepare = lap();
+    engine.run(&random_inputs(&model, batch, length))?;
+    Ok(BenchLoad { batch, length, read, prepare, first: lap(), ..BenchLoad::default() })
 }
 
 fn random_inputs(model: &Model, batch: usize, length: usize) -> Inputs {

@@ -20,6 +20,8 @@ pub struct Predictor {
     head: Option<HeadKind>,
     labels: Vec<String>,
     max_length: usize,
+    /// Rows of the model's table of tokens.
+    vocabulary: usize,
 }
 
 /// One input, tokenised.
@@ -27,6 +29,15 @@ pub struct Prepared {
     examples: Vec<Example>,
     /// Where an answer is looked for.
     reading: Option<Reading>,
+    dropped: usize,
+}
+
+impl Prepared {
+    /// Tokens at the end that the model does not read, because the text is longer than it takes. The contexts of questions
+    /// are read whole, in windows.
+    pub fn dropped(&self) -> usize {
+        self.dropped
+    }
 }
 
 /// What the model says about one input.
@@ -90,7 +101,21 @@ impl Predictor {
             tokenizer,
             head,
             labels,
+            vocabulary,
             max_length: max_length.or(model.max_length).unwrap_or(limit).min(limit),
+        })
+    }
+
+    /// What is odd about the tokenizer, if anything is: one of another model often has fewer entries. A few rows more than
+    /// entries are padding.
+    pub fn note(&self) -> Option<String> {
+        const PADDING: usize = 128;
+        let entries = self.tokenizer.vocab_size();
+        (entries + PADDING < self.vocabulary).then(|| {
+            format!(
+                "the tokenizer has {entries} entries and the model's vocabulary {}; is it the model's own?",
+                self.vocabulary
+            )
         })
     }
 
@@ -121,11 +146,12 @@ impl Predictor {
                 )
             })?;
             let mut reading = Reading::new(&self.tokenizer, text, context, self.max_length)?;
-            return Ok(Prepared { examples: std::mem::take(&mut reading.examples), reading: Some(reading) });
+            let examples = std::mem::take(&mut reading.examples);
+            return Ok(Prepared { examples, reading: Some(reading), dropped: 0 });
         }
         let encoded = self.tokenizer.encode(text, pair, self.max_length)?;
         let example = Example { ids: encoded.ids, types: encoded.types, target: Target::None };
-        Ok(Prepared { examples: vec![example], reading: None })
+        Ok(Prepared { examples: vec![example], reading: None, dropped: encoded.dropped })
     }
 
     /// What the model says about each of `inputs`. They are batched by length, `batch` at a time.

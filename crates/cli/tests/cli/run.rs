@@ -10,8 +10,10 @@ use gpusq::compress::prune_weights;
 use gpusq::config::{Config, Method};
 use gpusq::forward::{Compute, Inputs, Tokens};
 use gpusq::model::Model;
+use gpusq::params::Weight;
 use gpusq::quant::{Calibration, calibrate};
 use gpusq::task::{HeadKind, Split, Tokenizer, task};
+use gpusq::tensor::Tensor;
 use serde_json::{Value, json};
 
 use crate::tiny::{Done, compressed, data, model, program, run, tree};
@@ -163,6 +165,36 @@ fn bad_lines_are_named_by_their_number() {
     assert!(before == tree(&dense));
 }
 
+/// A word is a token, beside two special ones.
+#[test]
+fn what_is_not_read_of_a_text_is_said() {
+    let packed = compressed().join("packed");
+    let text = format!("{}\n{}\n", "film ".repeat(8), "film ".repeat(11));
+    let done = given(&args(&packed, &["--max-length", "10"]), text.as_bytes());
+    done.ok();
+    let said: Vec<Value> = done.events().iter().map(|e| e["tokens_dropped"].clone()).collect();
+    assert_eq!(said, [Value::Null, json!(3)]);
+    assert!(!done.stderr.contains("vocabulary"), "{}", done.stderr);
+    // A tokenizer with a few words less is padded, one with many less is another's.
+    let dir = tempfile::tempdir().unwrap();
+    let mut m = Model::load(&packed).unwrap();
+    for (more, odd) in [(100, false), (200, true)] {
+        let Some(Weight::Dense(table)) = m.params.get("embed.word") else { panic!("no table") };
+        let (rows, width) = (41 + more, table.width());
+        let larger = [table.f32(), &vec![0.0; (rows - table.rows()) * width]].concat();
+        m.params.insert("embed.word", Weight::Dense(Tensor::from_f32(larger, &[rows, width])));
+        m.spec.vocab = rows;
+        m.config.json["vocab_size"] = rows.into();
+        let folder = dir.path().join(rows.to_string());
+        fs::create_dir(&folder).unwrap();
+        m.save(&folder, Some(&packed)).unwrap();
+        let done = given(&args(&folder, &[]), b"fine\n");
+        assert!(done.code == Some(0) && done.events().len() == 1, "{}", done.stderr);
+        let note = format!("note: the tokenizer has 41 entries and the model's vocabulary {rows}");
+        assert_eq!(done.stderr.contains(&note), odd, "{}", done.stderr);
+    }
+}
+
 /// However many lines are read ahead.
 #[test]
 fn lines_before_a_bad_one_are_answered() {
@@ -188,13 +220,18 @@ fn a_line_is_answered_though_no_other_comes() {
     let stdout = BufReader::new(child.stdout.take().unwrap());
     let (to, answers) = std::sync::mpsc::channel();
     std::thread::spawn(move || stdout.lines().for_each(|line| to.send(line.unwrap()).unwrap()));
-    for number in 1..=3 {
+    let mut quickest = Duration::MAX;
+    for number in 1..=40 {
+        let asked = Instant::now();
         writeln!(stdin, "the film was fine").unwrap();
         let answer =
             answers.recv_timeout(Duration::from_secs(60)).expect("an answer while the input is open");
+        quickest = quickest.min(asked.elapsed());
         let answer: Value = serde_json::from_str(&answer).unwrap();
         assert_eq!(answer["line"], number);
     }
+    // Nothing is waited for before a line is answered.
+    assert!(quickest < Duration::from_millis(5), "{quickest:?}");
     drop(stdin);
     assert!(child.wait().unwrap().success());
 }
@@ -261,6 +298,15 @@ fn bench_times_what_it_is_told_to() {
         assert_eq!(cells, [[1, 8, 3], [3, 8, 3], [1, 32, 3], [3, 32, 3]]);
         assert!(s["cells"].as_array().unwrap().iter().all(|c| c["median"].as_f64().unwrap() > 0.0));
     }
+    assert_eq!(bench["unit"], "ms");
+    // A CPU has nothing to keep.
+    let loads = bench["loads"].as_array().unwrap();
+    assert_eq!(loads.len(), 1, "{loads:?}");
+    assert_eq!(
+        [&loads[0]["name"], &loads[0]["batch"], &loads[0]["length"]],
+        [&json!("cold"), &json!(1), &json!(8)]
+    );
+    assert!(["open", "read", "prepare", "first"].iter().all(|part| loads[0][part].as_f64().unwrap() > 0.0));
     let written: Value =
         serde_json::from_slice(&fs::read(dir.path().join("times/bench.json")).unwrap()).unwrap();
     assert_eq!(&written, bench);
@@ -273,6 +319,29 @@ fn bench_times_what_it_is_told_to() {
     };
     wrong("--length", "33", 1, "takes 32 tokens");
     wrong("--batch", "1,x", 2, "as in 1,8,32");
+    let texts = |batches: &str| {
+        let own = ["--batch", batches, "--length", "32", "--repeats", "2", "--task", "sst2", "--data"];
+        let words = words[..6].iter().cloned().chain(own.map(String::from));
+        run(&words.chain([data().to_str().unwrap().into()]).collect::<Vec<_>>())
+    };
+    let done = texts("3,4");
+    done.ok();
+    let bench = &done.event("bench")["bench"];
+    assert_eq!(bench["series"], json!([]));
+    let rows = bench["texts"].as_array().unwrap();
+    assert_eq!(rows.iter().map(|r| r["batch"].as_u64().unwrap()).collect::<Vec<_>>(), [3, 4]);
+    for row in rows {
+        assert!(row["padded"].as_f64().unwrap() > 0.0 && row["length"] == 32);
+        for batch in row["batches"].as_array().unwrap() {
+            let (tokens, size) = (batch["tokens"].as_u64().unwrap(), row["batch"].as_u64().unwrap());
+            assert!(
+                (5 * size..=13 * size).contains(&tokens) && batch["median"].as_f64().unwrap() > 0.0,
+                "{row}"
+            );
+        }
+    }
+    texts("3000").fails(1, &["a batch of 3000 from", "give more, or a smaller one"]);
+    wrong("--task", "sst2", 2, "required arguments");
     let unknown = ["bench", "--json", "--spec", "bert-huge"].map(String::from);
     run(&unknown).fails(2, &["bert-huge", "bert-base"]);
     // Before anything is timed: nothing is shown of it.

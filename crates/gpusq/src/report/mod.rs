@@ -14,7 +14,9 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-pub use bench::{BENCH_FILE, Bench, BenchCell, BenchSeries, write_bench};
+pub use bench::{
+    BENCH_FILE, Bench, BenchCell, BenchLoad, BenchSeries, BenchTexts, TextBatch, Unit, write_bench,
+};
 pub use comparison::{
     COMPARISON_FILE, Comparison, Measured, Row, SeedRun, Summary, TABLE_FILE, write_comparison,
 };

@@ -49,6 +49,8 @@ pub struct Encoded {
     pub first: Range<usize>,
     /// Where the second text's tokens are in `ids`; empty if there is none.
     pub second: Range<usize>,
+    /// Tokens at the texts' ends that there was no room for.
+    pub dropped: usize,
 }
 
 /// The tokens of a text, without special tokens, and the text each stands for.
@@ -169,8 +171,10 @@ impl Tokenizer {
         let room = self.room(b.is_some(), max_len)?;
         let a = self.ids(a)?;
         let b = b.map(|b| self.ids(b)).transpose()?;
-        let (keep_a, keep_b) = fit(a.len(), b.as_ref().map_or(0, Vec::len), room);
-        Ok(self.join(&a[..keep_a], b.as_ref().map(|b| &b[..keep_b])))
+        let tokens = [a.len(), b.as_ref().map_or(0, Vec::len)];
+        let (keep_a, keep_b) = fit(tokens[0], tokens[1], room);
+        let joined = self.join(&a[..keep_a], b.as_ref().map(|b| &b[..keep_b]));
+        Ok(Encoded { dropped: tokens[0] + tokens[1] - keep_a - keep_b, ..joined })
     }
 
     /// Tokens that `max_len` leaves for text.
@@ -205,7 +209,7 @@ impl Tokenizer {
             None => first.end..first.end,
         };
         special(&frame.after, &[], 0);
-        Encoded { ids, types, first, second }
+        Encoded { ids, types, first, second, dropped: 0 }
     }
 
     fn ids(&self, text: &str) -> Result<Vec<u32>> {
