@@ -100,6 +100,14 @@ impl Engine {
     /// # Errors
     /// [`Error::Mismatch`] for inputs that do not fit the model: none at all, lists of other lengths than
     /// `batch * length`, sequences that are too long, ids outside a table.
+    ///
+    /// [`Error::Device`] for what a GPU meets. After [`CudaError::OutOfMemory`] the engine answers other requests, and this
+    /// one when there is memory again. After [`CudaError::Fault`], a kernel or GPU that failed, the driver takes no more
+    /// work from the process: every later request gets this error, at once and without an answer, until the process is
+    /// started again.
+    ///
+    /// [`CudaError::OutOfMemory`]: gpusq_tensor::cuda::CudaError::OutOfMemory
+    /// [`CudaError::Fault`]: gpusq_tensor::cuda::CudaError::Fault
     pub fn run(&self, inputs: &Inputs) -> Result<Tensor> {
         self.check(inputs)?;
         match &self.encoder {
