@@ -69,10 +69,11 @@ impl Watch {
         watch
     }
 
-    /// Its connections.
+    /// As if the process were killed: nothing is said, and its connections close.
     #[cfg(test)]
-    pub(super) fn sockets(&self) -> Vec<TcpStream> {
-        self.links.iter().map(|(_, link)| lock(link).try_clone().unwrap()).collect()
+    pub(super) fn vanish(&self) {
+        self.leaving.store(true, Ordering::SeqCst);
+        self.links.iter().for_each(|(_, link)| lock(link).shutdown(Shutdown::Both).unwrap());
     }
 
     /// What went wrong, if something did.
@@ -207,20 +208,21 @@ impl Watch {
 
     /// Ends the work of this process and tells the others why, if it is the first failure.
     fn fail(&self, error: GroupError) {
+        let message = match &error {
+            GroupError::Failed { rank, message, .. } => Self::packed(FAILED, *rank, message),
+            GroupError::Lost { rank, why, .. } => Self::packed(LOST, *rank, why),
+            _ => unreachable!("these two are noticed here"),
+        };
         {
             let mut failure = lock(&self.failure);
             if failure.is_some() {
                 return;
             }
             *failure = Some(error.clone());
+            // Told before this process can know of it: it would say goodbye, and nobody listens to one that has left.
+            self.tell(&message);
         }
         self.noticed.notify_all();
-        let message = match &error {
-            GroupError::Failed { rank, message, .. } => Self::packed(FAILED, *rank, message),
-            GroupError::Lost { rank, why, .. } => Self::packed(LOST, *rank, why),
-            _ => unreachable!("these two are noticed here"),
-        };
-        self.tell(&message);
         for link in &*lock(&self.work) {
             let _ = link.shutdown(Shutdown::Both);
         }
