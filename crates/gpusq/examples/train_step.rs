@@ -77,6 +77,8 @@ fn main() {
     let mut settings = config::Config::default();
     settings.set("precision", precision).unwrap();
     let compute = Compute::new(device, settings.precision).unwrap();
+    // Seconds since the start at which what comes before the first step is done.
+    let mut done = vec![("device", start.elapsed())];
     let config = format!(
         r#"{{"model_type":"bert","architectures":["BertForQuestionAnswering"],"vocab_size":30522,
         "hidden_size":{hidden},"num_hidden_layers":{layers},"num_attention_heads":{heads},
@@ -86,6 +88,7 @@ fn main() {
     let config = Config::parse(Path::new("config.json"), &config).unwrap();
     let mut teacher = Model::random(config.clone(), 1).unwrap();
     let mut student = Model::random(config, 2).unwrap();
+    done.push(("models", start.elapsed()));
 
     let ids = (0..all * length).map(|i| (i as u32).wrapping_mul(2_654_435_761) % 30_522).collect();
     let tokens = Tokens { batch: all, length, ids, types: vec![0; all * length], mask: None };
@@ -98,6 +101,7 @@ fn main() {
         for m in [&mut teacher, &mut student] {
             prune_weights(m, &settings.prune, &[], compute).unwrap();
         }
+        done.push(("pruned", start.elapsed()));
         let few = Tokens {
             batch: 1,
             length,
@@ -107,6 +111,7 @@ fn main() {
         };
         let few = Inputs { tokens: few, target: None };
         calibrate(&mut student, &[few], &calibration(&settings.quantize), compute).unwrap();
+        done.push(("calibrated", start.elapsed()));
     }
     let gradient_checkpointing = rest.get(1).is_some_and(|word| word == "recompute");
     let optimizer = config::Fit { learning_rate: 1e-5, gradient_checkpointing, ..config::Fit::default() };
@@ -126,6 +131,7 @@ fn main() {
     };
     let stepper = Stepper::new(&student, &how).unwrap();
     student.params = stepper.own(&student.params).to(device);
+    done.push(("ready", start.elapsed()));
     let mut moments = BTreeMap::new();
     let mut times = Vec::new();
     let (mut first, mut last, mut to_first) = (f32::NAN, f32::NAN, 0.0);
@@ -153,14 +159,15 @@ fn main() {
     let median = times[times.len() / 2];
     println!(
         "RESULT gpusq size={size} processes={}{} bs={batch} micro={micro} seq={length} on={compute} what={what} step_ms={median:.2} min={:.2} max={:.2} \
-         steps={} loss={first:.6}->{last:.6} peak={peak:.2}GiB first_step_s={to_first:.1} \
-         tokens_per_s={:.0}",
+         steps={} loss={first:.6}->{last:.6} peak={peak:.2}GiB first_step_s={to_first:.2} \
+         tokens_per_s={:.0} done_s={}",
         group.size(),
         if pipeline { " (pipeline)" } else { "" },
         times[0],
         times[times.len() - 1],
         times.len(),
-        (all * length) as f64 / median * 1e3
+        (all * length) as f64 / median * 1e3,
+        done.iter().map(|(what, at)| format!("{what}:{:.2}", at.as_secs_f64())).collect::<Vec<_>>().join(",")
     );
     println!("STEPS {}", each.join(" "));
 }

@@ -156,8 +156,18 @@ impl Sums {
 
     /// The values. Waits for a GPU.
     pub fn terms(&self) -> Terms {
-        let [hard, soft, feature] = [0, 1, 2].map(|i| self.rest[i].as_ref().map_or(0.0, Tensor::item));
-        Terms { total: self.total.item(), hard, soft, feature }
+        self.terms_beside(&self.total).0
+    }
+
+    /// The values, and that of another tensor of one element. Waits for a GPU, once.
+    pub fn terms_beside(&self, other: &Tensor) -> (Terms, f32) {
+        let there: Vec<&Tensor> =
+            [&self.total, other].into_iter().chain(self.rest.iter().flatten()).collect();
+        let mut items = Tensor::items(&there).into_iter();
+        let mut next = || items.next().expect("one for each");
+        let (total, other) = (next(), next());
+        let [hard, soft, feature] = self.rest.each_ref().map(|term| term.as_ref().map_or(0.0, |_| next()));
+        (Terms { total, hard, soft, feature }, other)
     }
 }
 

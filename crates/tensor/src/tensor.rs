@@ -307,6 +307,19 @@ impl Tensor {
         self.to(Device::Cpu).f32()[0]
     }
 
+    /// The only elements of `all`, one-element f32 tensors on one device. On a GPU this waits once, not for each.
+    pub fn items(all: &[&Tensor]) -> Vec<f32> {
+        let Some(Device::Cuda(gpu)) = all.first().map(|t| t.device()) else {
+            return all.iter().map(|t| t.item()).collect();
+        };
+        let together = Tensor::stale_of(gpu, DType::F32, &[all.len()]);
+        for (i, t) in all.iter().enumerate() {
+            assert!(t.len() == 1 && t.dtype() == DType::F32, "items() of {t:?}");
+            together.memory().put(i * size_of::<f32>(), t.memory());
+        }
+        together.to(Device::Cpu).f32().to_vec()
+    }
+
     /// The elements as f32 (shares storage when they already are). Integers are converted by value. Like the
     /// other conversions, for elements in host memory.
     pub fn to_f32(&self) -> Self {
@@ -392,6 +405,15 @@ mod tests {
         b.f32_mut()[0] = 9.0;
         assert_eq!(a.f32(), [1.0, 2.0]);
         assert_eq!(b.f32(), [9.0, 2.0]);
+    }
+
+    #[test]
+    fn items_come_in_their_order() {
+        for device in Device::all() {
+            let all = [3.0, -1.0, 2.5].map(|x| Tensor::scalar(x).to(device));
+            assert_eq!(Tensor::items(&all.each_ref()), [3.0, -1.0, 2.5], "{device:?}");
+        }
+        assert!(Tensor::items(&[]).is_empty());
     }
 
     #[test]

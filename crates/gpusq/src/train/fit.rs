@@ -282,8 +282,8 @@ impl<'a> Stepper<'a> {
                 Some(squares)
             }
         };
-        let norm = adam.step_of(losses.total(), squares.as_ref(), &mut slots).item();
-        let terms = losses.terms();
+        let norm = adam.step_of(losses.total(), squares.as_ref(), &mut slots);
+        let (terms, norm) = losses.terms_beside(&norm);
         let finished = how.compute.device.check();
         // Whoever is lost explains what else went wrong.
         how.group.check()?;

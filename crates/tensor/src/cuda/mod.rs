@@ -643,6 +643,17 @@ impl Memory {
         }
     }
 
+    /// Copies `from` to the bytes from `offset` on.
+    pub(crate) fn put(&self, offset: usize, from: &Memory) {
+        assert!(offset + from.bytes <= self.bytes, "{} bytes at {offset} of {}", from.bytes, self.bytes);
+        if self.at != 0 && from.at != 0 {
+            // SAFETY: both ranges are within their allocations, as asserted.
+            self.gpu.attempt("copy", |gpu| unsafe {
+                result::memcpy_dtod_async(self.at + offset as u64, from.at, from.bytes, gpu.stream())
+            });
+        }
+    }
+
     /// Waits for the work before it and copies to the host; zeros if the GPU has failed.
     pub(crate) fn download<T: Plain>(&self) -> Vec<T> {
         let mut out = vec![T::default(); self.bytes / size_of::<T>()];

@@ -1,7 +1,7 @@
 use super::Saved;
 use crate::cuda::reduce::{Strips, Sums};
 use crate::cuda::{Arg, Gpu, Grid, Source, source};
-use crate::{Device, Tensor};
+use crate::{DType, Device, Tensor};
 
 pub(crate) static SOURCE: Source = source!("layer_norm");
 
@@ -44,10 +44,45 @@ pub(super) fn forward(
     (y, saved)
 }
 
+/// The kernel for rows that a warp holds in its registers, of bf16.
+fn held(grad: &Tensor) -> Option<&'static str> {
+    let fits = grad.dtype() == DType::Bf16 && grad.width().is_multiple_of(8) && grad.rows() < 1 << 30;
+    match grad.width().div_ceil(256) {
+        1 | 2 if fits => Some("backward_held2"),
+        3 if fits => Some("backward_held3"),
+        4 if fits => Some("backward_held4"),
+        _ => None,
+    }
+}
+
 /// The input's gradient; those of gain and bias, and the column sums of the first.
 pub(super) fn backward(gpu: Gpu, grad: &Tensor, saved: &Saved, gain: &Tensor) -> (Tensor, [Sums; 3]) {
     let (rows, width) = (grad.rows(), grad.width());
     let dx = Tensor::stale_of(gpu, grad.dtype(), grad.shape());
+    if let Some(name) = held(grad) {
+        // As many blocks as Hopper's GPUs have at a time, at most.
+        let per_part = rows.div_ceil(256).next_multiple_of(8);
+        let parts = rows.div_ceil(per_part);
+        let sums = Tensor::stale_on(Device::Cuda(gpu), &[parts, 3 * width]);
+        gpu.launch(
+            SOURCE.of(grad.dtype()),
+            name,
+            Grid::blocks(parts),
+            &[
+                sums.memory().into(),
+                dx.memory().into(),
+                grad.memory().into(),
+                saved.normal.memory().into(),
+                saved.rstd.memory().into(),
+                gain.memory().into(),
+                (rows as i32).into(),
+                (width as i32).into(),
+                (per_part as i32).into(),
+            ],
+        );
+        let [dbias, dgain, sums] = [0, 1, 2].map(|i| Sums::of(sums.clone()).range(i * width, width));
+        return (dx, [dgain, dbias, sums]);
+    }
     let means = Tensor::stale_on(Device::Cuda(gpu), &[rows, 2]);
     gpu.launch(
         SOURCE.of(grad.dtype()),

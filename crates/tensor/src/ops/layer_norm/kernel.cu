@@ -163,3 +163,83 @@ __device__ inline void backward_strip(float *parts, T *dx, const T *grad, const 
     }
 BACKWARD(backward_pack, PACK)
 BACKWARD(backward_1, 1)
+
+// Both passes in one, of rows of up to H packs a lane, which are read once: a warp for each row, eight warps for a block's
+// per_part rows. The sums of a warp's columns stay in its lanes.
+template <int H>
+__device__ inline void backward_held(float *parts, T *dx, const T *grad, const T *normal, const float *rstd,
+                                     const float *gain, int rows, int width, int per_part) {
+    __shared__ float part[8][H * 32 * PACK];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int last = min(rows, (int)(blockIdx.x + 1) * per_part);
+    float sums[3][H][PACK] = {};
+    for (int row = blockIdx.x * per_part + warp; row < last; row += 8) {
+        long long at = (long long)row * width;
+        Pack g[H], n[H];
+        float scale = rstd[row], sum = 0, along = 0;
+#pragma unroll
+        for (int h = 0; h < H; h++) {
+            int c = (h * 32 + lane) * PACK;
+            if (c >= width) continue;
+            g[h] = *(const Pack *)(grad + at + c);
+            n[h] = *(const Pack *)(normal + at + c);
+        }
+#pragma unroll
+        for (int h = 0; h < H; h++) {
+            int c = (h * 32 + lane) * PACK;
+            if (c >= width) continue;
+            float w[PACK];
+            load_floats(gain, c, width, w);
+#pragma unroll
+            for (int k = 0; k < PACK; k++) {
+                float d = (float)g[h].v[k] * w[k];
+                sum += d;
+                along += d * (float)n[h].v[k];
+            }
+        }
+        sum = warp_sum(sum) / width;
+        along = warp_sum(along) / width;
+#pragma unroll
+        for (int h = 0; h < H; h++) {
+            int c = (h * 32 + lane) * PACK;
+            if (c >= width) continue;
+            float w[PACK];
+            load_floats(gain, c, width, w);
+            Pack d;
+#pragma unroll
+            for (int k = 0; k < PACK; k++) {
+                float gk = g[h].v[k], nk = n[h].v[k];
+                d.v[k] = scale * (gk * w[k] - sum - nk * along);
+                sums[0][h][k] += gk;
+                sums[1][h][k] += gk * nk;
+                sums[2][h][k] += (float)d.v[k];
+            }
+            *(Pack *)(dx + at + c) = d;
+        }
+    }
+#pragma unroll
+    for (int which = 0; which < 3; which++) {
+        __syncthreads();
+#pragma unroll
+        for (int h = 0; h < H; h++)
+#pragma unroll
+            for (int k = 0; k < PACK; k++) part[warp][(h * 32 + lane) * PACK + k] = sums[which][h][k];
+        __syncthreads();
+        for (int c = threadIdx.x; c < width; c += 256) {
+            float total = part[0][c];
+#pragma unroll
+            for (int i = 1; i < 8; i++) total += part[i][c];
+            parts[((long long)blockIdx.x * 3 + which) * width + c] = total;
+        }
+    }
+}
+
+#define BACKWARD_HELD(H)                                                                                            \
+    extern "C" __global__ void __launch_bounds__(256, H < 4 ? 2 : 1)                                                \
+        backward_held##H(float *parts, T *dx, const T *grad, const T *normal, const float *rstd, const float *gain, \
+                         int rows, int width, int per_part) {                                                       \
+        backward_held<H>(parts, dx, grad, normal, rstd, gain, rows, width, per_part);                               \
+    }
+BACKWARD_HELD(2)
+BACKWARD_HELD(3)
+BACKWARD_HELD(4)

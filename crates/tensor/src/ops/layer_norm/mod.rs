@@ -71,7 +71,9 @@ fn compute(
 
 #[cfg(test)]
 mod tests {
-    use super::super::check::{check, check_bf16, noise};
+    use super::super::check::{check, check_bf16, devices, noise};
+    use super::super::linear::linear;
+    use super::super::weighted_sum::dot;
     use super::*;
 
     fn reference(x: &[Vec<f64>], eps: f64) -> Vec<f64> {
@@ -112,6 +114,41 @@ mod tests {
                 |t, v| layer_norm(t, &v[0], None, &v[1], &v[2], 1e-5),
                 |x| reference(x, 1e-5f32 as f64),
             );
+        }
+    }
+
+    /// Rows in bf16 that a warp holds in its registers, several for each warp, and longer ones. The bias of the map
+    /// before gets sums of the same pass.
+    #[test]
+    fn gradients_of_many_rows_are_the_cpus() {
+        for device in devices().into_iter().filter(|d| *d != Device::Cpu) {
+            for (rows, width) in [(1, 384), (300, 512), (5000, 768), (2500, 1000), (70, 1024), (2100, 1032)] {
+                let round = |t: Tensor| t.to_bf16().to_f32();
+                let (x, w) = (round(noise(&[rows, 8], 1)), round(noise(&[width, 8], 2)));
+                let weights = round(noise(&[rows, width], 3));
+                let vectors = [4, 5, 6].map(|seed| noise(&[width], seed));
+                let run = |device: Device, bf16: bool| {
+                    let tape = Tape::recording();
+                    let [x, w] = [&x, &w].map(|t| if bf16 { t.to_bf16() } else { t.clone() }.to(device));
+                    let (x, w) = (tape.leaf(x), tape.leaf(w));
+                    let [before, gain, bias] = vectors.each_ref().map(|t| tape.leaf(t.to(device)));
+                    let y = linear(&tape, &x, &w, Some(&before));
+                    let y = layer_norm(&tape, &y, None, &gain, &bias, 1e-5);
+                    let loss = dot(&tape, &y, &weights);
+                    let mut grads = tape.backward(&loss);
+                    [&w, &before, &gain, &bias].map(|v| grads.take(v).unwrap().to(Device::Cpu).to_f32())
+                };
+                let (got, want) = (run(device, true), run(Device::Cpu, false));
+                for (what, (got, want)) in
+                    ["weight", "bias before", "gain", "bias"].iter().zip(got.iter().zip(&want))
+                {
+                    let want: Vec<f64> = want.f32().iter().map(|&x| x as f64).collect();
+                    let size = want.iter().fold(0.0f64, |m, x| m.max(x.abs()));
+                    let off =
+                        got.f32().iter().zip(&want).map(|(g, w)| (*g as f64 - w).abs()).fold(0.0, f64::max);
+                    assert!(off <= 0.02 * size, "{device:?} {rows} x {width}, {what}: {off} of {size}");
+                }
+            }
         }
     }
 }

@@ -1,10 +1,16 @@
 use super::cpu::{EXACT, output_shape};
-use crate::cuda::{Arg, Factor, Gpu, Grid, Operand, Product, Source, source};
+use crate::cuda::{Arg, Factor, Gpu, Grid, Operand, Product, Source, TensorMap, source};
 use crate::ops::lsq::QMAX;
 use crate::ops::{add, cast};
 use crate::{DType, Device, Tensor};
 
 pub(crate) static SOURCE: Source = source!("linear");
+
+/// Rows and columns of the output that a block of [`BYTES`] makes.
+const TILE: usize = 128;
+
+/// Codes of depth that it fetches at a time.
+const DEPTH: usize = 128;
 
 /// Products of bytes, on Hopper alone.
 pub(crate) static BYTES: Source = Source { name: "linear_int8", text: include_str!("int8.cu") };
@@ -108,9 +114,13 @@ pub(super) fn forward_bytes(
     let y = keep.then(|| Tensor::stale_of(gpu, element, &shape));
     let z = (!steps.is_empty()).then(|| Tensor::stale_of(gpu, element, &shape));
     let at = |t: Option<&Tensor>| t.map_or(Arg::Pointer(0), |t| t.memory().into());
-    // Three stages of two tiles of 128 rows and 128 bytes, and what aligns them.
-    let shared = 3 * 2 * 128 * 128 + 1024;
-    let blocks = [out.div_ceil(128) as u32, tokens.div_ceil(128) as u32, 1];
+    // None after a failure.
+    let maps =
+        [(x, tokens), (w, out)].map(|(t, rows)| TensorMap::boxes(t.memory(), rows, width, (TILE, DEPTH)));
+    let [Some(x), Some(w)] = maps else { return (y, z) };
+    // Three stages of two tiles, and what aligns them.
+    let shared = (3 * 2 * TILE * DEPTH + 1024) as u32;
+    let blocks = [out.div_ceil(TILE) as u32, tokens.div_ceil(TILE) as u32, 1];
     gpu.launch(
         BYTES.of(element),
         "product",
@@ -118,8 +128,8 @@ pub(super) fn forward_bytes(
         &[
             at(y.as_ref()),
             at(z.as_ref()),
-            x.memory().into(),
-            w.memory().into(),
+            x.into(),
+            w.into(),
             sx.memory().into(),
             sw.memory().into(),
             at(bias),

@@ -2,7 +2,8 @@
 // fake quantisation happen before anything is written. T is the type of the output.
 //
 // A block of two warpgroups has 128 rows (tokens) by 128 columns (outputs); both operands pass through shared memory,
-// 128 codes of depth at a time, in rows of 128 bytes whose 16-byte chunks lie as wgmma's 128-byte swizzle wants.
+// 128 codes of depth at a time, in rows of 128 bytes whose 16-byte chunks lie as wgmma's 128-byte swizzle wants: one thread
+// has the copy engine (TMA) bring them. The products of a step run while the next is waited for.
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr int TILE = 128, DEPTH = 128, STAGES = 3;
@@ -13,17 +14,27 @@ constexpr int ROW = TILE + 16 / (int)sizeof(T);
 
 __device__ inline u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
-// Starts copying a tile: rows from `first`, columns from `column` on; what lies outside [rows, width] becomes 0.
-__device__ inline void fetch(u8 *tile, const u8 *matrix, int first, int rows, int column, int width) {
-#pragma unroll
-    for (int i = 0; i < OPERAND / 16 / 256; i++) {
-        int id = threadIdx.x + i * 256, r = id / 8, c = id % 8, k = column + c * 16;
-        bool in = first + r < rows && k < width;
-        const u8 *from = in ? matrix + (long long)(first + r) * width + k : matrix;
-        int bytes = in ? 16 : 0;
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(tile + r * DEPTH + (c ^ r % 8) * 16)),
-                     "l"(from), "r"(bytes));
-    }
+struct alignas(64) TensorMap {
+    u64 opaque[16];
+};
+
+__device__ inline void barrier_wait(u32 bar, u32 parity) {
+    asm volatile(
+        "{ .reg .pred p;\n"
+        "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+        "@p bra done;\n"
+        "bra again;\n"
+        "done: }" ::"r"(bar), "r"(parity)
+        : "memory");
+}
+
+// Starts copying a tile: rows from `row`, columns from `column` on; what lies outside the matrix becomes 0.
+__device__ inline void fetch(const u8 *tile, const TensorMap *matrix, int row, int column, u32 bar) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+            shared_address(tile)),
+        "l"(matrix), "r"(column), "r"(row), "r"(bar)
+        : "memory");
 }
 
 // A tile's 32 codes of depth from byte k on, for wgmma: first byte, 1024 bytes between groups of eight rows, swizzle.
@@ -73,39 +84,46 @@ __device__ inline void put(bf16 *p, float a, float b) {
 // engine does; z is y's value on the grid of its step size: s0, s1 or s2 for each of the ranges of `range` columns. y or z
 // may be null, the bias too. `width` is a multiple of 16, `out` of 8 and so is `range`.
 extern "C" __global__ void __launch_bounds__(256, 2)
-    product(T *y, T *z, const u8 *x, const u8 *w, const float *sx, const float *sw, const float *bias, const float *s0,
+    product(T *y, T *z, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, const float *sx, const float *sw, const float *bias, const float *s0,
             const float *s1, const float *s2, int range, int tokens, int out, int width) {
     extern __shared__ __align__(16) u8 shared[];
     u8 *const tiles = (u8 *)(((u64)shared + 1023) / 1024 * 1024);
     int row = blockIdx.y * TILE, column = blockIdx.x * TILE, steps = (width + DEPTH - 1) / DEPTH;
     auto tile = [&](int step, int which) { return tiles + (step % STAGES * 2 + which) * OPERAND; };
+    __shared__ alignas(8) u64 barriers[STAGES];
+    u32 full = shared_address(barriers);
     auto start = [&](int step) {
-        if (step < steps) {
-            fetch(tile(step, 0), x, row, tokens, step * DEPTH, width);
-            fetch(tile(step, 1), w, column, out, step * DEPTH, width);
-        }
-        asm volatile("cp.async.commit_group;");
+        if (step >= steps) return;
+        u32 bar = full + 8 * (step % STAGES);
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(2 * OPERAND) : "memory");
+        fetch(tile(step, 0), &x, row, step * DEPTH, bar);
+        fetch(tile(step, 1), &w, column, step * DEPTH, bar);
     };
-    start(0);
-    start(1);
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < STAGES; s++)
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full + 8 * s));
+        asm volatile("fence.mbarrier_init.release.cluster;");
+        asm volatile("fence.proxy.async;");
+        for (int s = 0; s < STAGES - 1; s++) start(s);
+    }
+    __syncthreads();
     int group = threadIdx.x / 128, d[16][4];
     for (int step = 0; step < steps; step++) {
-        asm volatile("cp.async.wait_group 1;");
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        __syncthreads();
-        // Into the tiles of the step before, which all have multiplied.
-        start(step + 2);
+        barrier_wait(full + 8 * (step % STAGES), step / STAGES & 1);
         const u8 *a = tile(step, 0) + group * 64 * DEPTH, *b = tile(step, 1);
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
         for (int k = 0; k < DEPTH; k += 32) wgmma(d, describe(a, k), describe(b, k), step + k > 0);
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-        // The compiler must not read a result before the wait.
-        for (int n = 0; n < 16; n++) asm volatile("" : "+r"(d[n][0]), "+r"(d[n][1]), "+r"(d[n][2]), "+r"(d[n][3])::"memory");
+        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+        // All have multiplied the step before, whose tiles are filled again.
+        __syncthreads();
+        if (threadIdx.x == 0) start(step + STAGES - 1);
     }
-    asm volatile("cp.async.wait_group 0;");
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+    // The compiler must not read a result before the wait.
+    for (int n = 0; n < 16; n++) asm volatile("" : "+r"(d[n][0]), "+r"(d[n][1]), "+r"(d[n][2]), "+r"(d[n][3])::"memory");
     __syncthreads();
     T *const result = (T *)tiles;
     float step_x = *sx;
