@@ -57,15 +57,19 @@ impl Histogram {
                 let edge = bin.map_or(self.absmax, |b| (b + 1) as f32 * width);
                 (edge.min(self.absmax) / QMAX).max(SMALLEST)
             }
-            Method::Mse => best(top, |s| {
-                let mut error = 0.0;
-                for (i, &n) in self.counts.iter().enumerate().filter(|(_, n)| **n > 0) {
-                    let v = (i as f32 + 0.5) * width;
-                    let e = (v - code(v, s) * s) as f64;
-                    error += n as f64 * e * e;
-                }
-                error
-            }),
+            Method::Mse => best(
+                top,
+                |_| 0.0,
+                |s| {
+                    let mut error = 0.0;
+                    for (i, &n) in self.counts.iter().enumerate().filter(|(_, n)| **n > 0) {
+                        let v = (i as f32 + 0.5) * width;
+                        let e = (v - code(v, s) * s) as f64;
+                        error += n as f64 * e * e;
+                    }
+                    error
+                },
+            ),
         }
     }
 }

@@ -54,15 +54,22 @@ fn row_scale(row: &[f32], method: Method, percentile: f64) -> f32 {
         Method::Mse => {
             // Zeros, half of a pruned row, have no error.
             let kept: Vec<f32> = row.iter().copied().filter(|&v| v != 0.0).collect();
-            best(top, |s| square_error(&kept, s))
+            let large: Vec<f32> = kept.iter().map(|v| v.abs()).filter(|&v| v > 0.85 * absmax).collect();
+            let clipped = |s: f32| large.iter().map(|v| f64::from((v - QMAX * s).max(0.0)).powi(2)).sum();
+            best(top, clipped, |s| square_error(&kept, s))
         }
     }
 }
 
-/// The candidate step size with the least error; the larger of equals.
-fn best(top: f32, error: impl Fn(f32) -> f64) -> f32 {
+/// The candidate step size with the least error; the larger of equals. `clipped` is a part of the error that smaller step
+/// sizes only make larger, and quickly known: once it alone is more than the least error so far (by more than rounding),
+/// no candidate that is left can be better. Of a normal row, one in ten is looked at.
+fn best(top: f32, clipped: impl Fn(f32) -> f64, error: impl Fn(f32) -> f64) -> f32 {
     let mut best = (f64::INFINITY, top);
     for s in candidates().map(|f| f * top) {
+        if clipped(s) > 1.01 * best.0 {
+            break;
+        }
         let e = error(s);
         if e < best.0 {
             best = (e, s);
@@ -176,6 +183,28 @@ mod tests {
         heavy.f32_mut()[7] = 12.0;
         let (a, m) = (scales(&heavy, Method::Absmax), scales(&heavy, Method::Mse));
         assert!(relative_error(&heavy, &m) < 0.99 * relative_error(&heavy, &a));
+    }
+
+    /// Rows of many lengths and shapes, with outliers, half of them zeros, and of one size only.
+    #[test]
+    fn mse_is_the_best_of_all_candidates() {
+        for (i, n) in [1, 2, 3, 17, 64, 384, 3072].into_iter().cycle().take(70).enumerate() {
+            let mut row = gpusq_tensor::normal(&[1, n], 0.5, i as u64);
+            let values = row.f32_mut();
+            match i % 5 {
+                0 => values.iter_mut().step_by(2).for_each(|v| *v = 0.0),
+                1 => values[n / 2] = 3.0 + i as f32,
+                2 => values.iter_mut().for_each(|v| *v = v.signum() * 0.3),
+                3 => values.iter_mut().for_each(|v| *v = v.powi(3)),
+                _ => {}
+            }
+            let absmax = values.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+            let top = (absmax / QMAX).max(SMALLEST);
+            let kept: Vec<f32> = values.iter().copied().filter(|&v| v != 0.0).collect();
+            let all = candidates().map(|f| f * top).map(|s| (square_error(&kept, s), s));
+            let want = all.reduce(|a, b| if b.0 < a.0 { b } else { a }).unwrap().1;
+            assert_eq!(row_scale(values, Method::Mse, 100.0), want, "row {i} of {n}");
+        }
     }
 
     #[test]

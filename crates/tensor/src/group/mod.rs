@@ -14,8 +14,8 @@ use std::net::TcpStream;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use crate::cuda::CudaError;
 use crate::cuda::nccl::{ID_BYTES, Nccl};
+use crate::cuda::{CudaError, Gpu};
 use crate::{DType, Device, Tensor};
 use chain::Chain;
 use watch::Watch;
@@ -150,14 +150,21 @@ impl Group {
         self.rank == 0
     }
 
-    /// Makes sums of tensors on `device` possible. All ranks must have the same kind of device.
+    /// Makes sums of tensors on `device` possible. All ranks must have the same kind of device. A process alone needs no
+    /// NCCL for it.
     ///
     /// # Errors
     /// Ranks with different kinds; a missing NCCL; what NCCL refuses, such as two ranks on one GPU.
     pub fn compute_on(&self, device: Device) -> Result<()> {
         let kind = if device == Device::Cpu { "CPU" } else { "GPU" };
         self.agree("device", kind)?;
-        let Device::Cuda(gpu) = device else { return Ok(()) };
+        match device {
+            Device::Cuda(gpu) if self.size > 1 => self.join_nccl(gpu),
+            _ => Ok(()),
+        }
+    }
+
+    fn join_nccl(&self, gpu: Gpu) -> Result<()> {
         let hex: String = match self.is_first() {
             true => Nccl::id()?.iter().map(|b| format!("{b:02x}")).collect(),
             false => String::new(),

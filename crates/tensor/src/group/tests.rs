@@ -258,7 +258,9 @@ fn nccl_sums_on_a_gpu() {
     };
     let device = Device::Cuda(gpu);
     let group = Group::join(seat(0, 1, free_port())).unwrap();
-    match group.compute_on(device) {
+    group.compute_on(device).unwrap();
+    assert!(group.nccl.get().is_none(), "one process sums nothing");
+    match group.join_nccl(gpu) {
         Ok(()) => {}
         Err(e) if std::env::var_os("GPUSQ_NEED_NCCL").is_none() => return println!("skipped: {e}"),
         Err(e) => panic!("{e}"),
