@@ -252,7 +252,8 @@ fn training(name: &'static str, about: &'static str) -> Command {
     let command = Command::new(name).about(about);
     let command = match name {
         "reproduce" => command.args([experiment(), seeds(), keep_models()]),
-        _ => command.args([seed(), pipeline()]),
+        "finetune" => command.args([seed(), pipeline()]),
+        _ => command.args([seed(), pipeline(), teacher_cache().conflicts_with("pipeline")]),
     };
     let mut c = command.args([
         model(),
@@ -360,6 +361,14 @@ fn pipeline() -> Arg {
         .value_parser(value_parser!(u16).range(1..=64))
         .default_value("1")
         .help("Split the model's blocks over this many processes, all there are (see `gpusq launch`), for models that do not fit one GPU; 1: each has the whole model")
+}
+
+fn teacher_cache() -> Arg {
+    Arg::new("teacher-cache")
+        .long("teacher-cache")
+        .value_name("DIR")
+        .value_parser(value_parser!(PathBuf))
+        .help("Keep the teacher's outputs in this folder and read them where a batch comes again: in later runs with the same seed, data, batch size and teacher, and with --prune.fixed-batches and --quantize.fixed-batches (of a command of one stage --fixed-batches) in later epochs; the same result")
 }
 
 fn batches(default: &'static str) -> Arg {

@@ -110,6 +110,7 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
         compute,
         group: Group::alone(),
         pipeline_parallel_size: 1,
+        teacher_cache: None,
     };
     let (dense_dir, with_dir, without_dir) =
         (out.join("dense"), out.join("compressed"), out.join("no-distill"));

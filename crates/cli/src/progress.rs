@@ -78,7 +78,7 @@ impl Progress {
         };
         let mut text = format!(
             "{} parameters{compresses}; {} to train on, {} to score; \
-             longest {} tokens\nruns {}on {} and needs about {} of its memory and {} of disk",
+             longest {} tokens\nruns {}on {} and needs about {} of its memory and {} of disk{}",
             grouped(p.parameters as u64),
             counted(p.examples.0, p.windows.0),
             counted(p.examples.1, p.windows.1),
@@ -86,7 +86,11 @@ impl Progress {
             if p.processes > 1 { format!("in {} processes, this one ", p.processes) } else { String::new() },
             p.device,
             bytes(p.memory),
-            bytes(p.disk)
+            bytes(p.disk),
+            match p.teacher_cache {
+                0 => String::new(),
+                n => format!(", {} more for the teacher's outputs", bytes(n)),
+            }
         );
         let names: Vec<String> = p.compressed.iter().map(|(name, n)| format!("{name} ({n})")).collect();
         if !names.is_empty() {

@@ -46,6 +46,7 @@ pub(crate) struct Start<'g> {
     compute: Compute,
     group: &'g Group,
     pipeline: usize,
+    teacher_cache: Option<PathBuf>,
     /// Why the device is the CPU where a GPU was looked for.
     no_gpu: Option<String>,
     progress: Progress,
@@ -95,6 +96,12 @@ impl<'g> Start<'g> {
         // `gpusq reproduce` has no such flag.
         let pipeline = m.try_get_one::<u16>("pipeline").ok().flatten().map_or(1, |&n| usize::from(n));
         sections(&model.spec, pipeline, group.size())?;
+        // Neither `gpusq finetune`, which has no teacher, nor `gpusq reproduce` has such a flag.
+        let teacher_cache = m.try_get_one::<PathBuf>("teacher-cache").ok().flatten().cloned();
+        if teacher_cache.is_some() && !config.distill.enabled {
+            let message = "--teacher-cache keeps a teacher's outputs, and distillation is off; leave out one of the two";
+            return Err(Error::Config(message.into()));
+        }
         args::check_length(m, &config, &model)?;
         let load = |split| args::load_data(task, data, split, &tokenizer, config.data.max_length, &model);
         let (train, dev) = (load(Split::Train)?, load(Split::Dev)?);
@@ -113,6 +120,7 @@ impl<'g> Start<'g> {
             compute,
             group,
             pipeline,
+            teacher_cache,
             no_gpu,
             progress,
         })
@@ -132,6 +140,7 @@ impl<'g> Start<'g> {
             compute: self.compute,
             group: self.group,
             pipeline_parallel_size: self.pipeline,
+            teacher_cache: self.teacher_cache.as_deref(),
         }
     }
 
@@ -146,6 +155,7 @@ impl<'g> Start<'g> {
         };
         // What rank 0 finds stands for all.
         let check = || {
+            let cached = self.run().cache_bytes(&self.model, &fits)?;
             preflight(
                 &self.model,
                 &self.tokenizer,
@@ -159,6 +169,7 @@ impl<'g> Start<'g> {
                 self.command != "finetune",
                 self.compute,
                 &self.out,
+                self.teacher_cache.as_deref().map(|dir| (dir, cached)),
             )
         };
         let p = self.group.is_first().then(check).transpose()?;

@@ -45,6 +45,7 @@ fn step(c: &mut Criterion) {
             seed: 1,
             checkpoint: None,
             pipeline_parallel_size: 1,
+            teacher_cache: None,
             pad: 0,
             compute: Compute::CPU,
             group: Group::alone(),

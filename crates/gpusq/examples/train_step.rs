@@ -7,7 +7,8 @@
 //!
 //! As one of several processes (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) it trains with the others, BATCH on
 //! each, with DEVICE cuda on the GPU of its LOCAL_RANK; the losses are those of one process with all their batches. With
-//! `pipeline` each has a part of the model, BATCH is that of all, and MICRO_BATCH sequences are computed at a time.
+//! `pipeline` each has a part of the model, BATCH is that of all, and MICRO_BATCH sequences are computed at a time. With
+//! TEACHER_CACHE, a folder, every step but the first reads the teacher's outputs there: all have the same tokens.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -115,6 +116,7 @@ fn main() {
     }
     let gradient_checkpointing = rest.get(1).is_some_and(|word| word == "recompute");
     let optimizer = config::Fit { learning_rate: 1e-5, gradient_checkpointing, ..config::Fit::default() };
+    let cache = std::env::var("TEACHER_CACHE").ok();
     let how = Recipe {
         optimizer: &optimizer,
         mix: Mix { alpha: 1.0, beta: 10.0, gamma: 1.0, temperature: 2.0, attention_features: false },
@@ -124,6 +126,7 @@ fn main() {
         stop_loss: None,
         seed: 1,
         checkpoint: None,
+        teacher_cache: cache.as_deref().map(Path::new),
         pipeline_parallel_size: if pipeline { group.size() } else { 1 },
         pad: 0,
         compute,

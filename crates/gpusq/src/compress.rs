@@ -26,6 +26,7 @@ use crate::sparsity::{self, InputStats, Pattern, weight_mask};
 use crate::spec::{Head, Role};
 use crate::task::{Dataset, Scores, Task, Tokenizer, one_class};
 use crate::train::batch::{collate, shuffled};
+use crate::train::teacher_cache::{self, Uses};
 use crate::train::{self, Recipe, State, fit, total_steps};
 use crate::{Error, Result};
 use times::Times;
@@ -58,6 +59,8 @@ pub struct Run<'a> {
     pub group: &'a Group,
     /// Over how many of these the model is split: all, or 1 (each has the whole model and a part of every batch).
     pub pipeline_parallel_size: usize,
+    /// Folder in which teachers' outputs are kept.
+    pub teacher_cache: Option<&'a Path>,
 }
 
 /// What a run tells whoever watches.
@@ -370,6 +373,12 @@ impl Run<'_> {
                 watch(Event::Train(e));
             })?;
             kept?;
+            if let Some(Uses { read, written }) = report.cache {
+                let n = read + written;
+                watch(Event::Note(&format!(
+                    "{name}: {read} of {n} outputs of the teacher were in the cache"
+                )));
+            }
             if model.stage == Stage::Quantized {
                 // The packed model keeps large dense weights in f16; rounding them here makes its scores this
                 // stage's own.
@@ -471,6 +480,22 @@ impl Run<'_> {
         self.stage("2:4 INT8", dir, start, recipe, watch)
     }
 
+    /// Bytes of the teachers' outputs that training as each of `fits` says keeps in the cache; 0 if there is none.
+    ///
+    /// # Errors
+    /// Settings of the loss that do not go together.
+    pub fn cache_bytes(&self, model: &Model, fits: &[&config::Fit]) -> Result<u64> {
+        let d = &self.config.distill;
+        if self.teacher_cache.is_none() || !d.enabled {
+            return Ok(0);
+        }
+        let mix = mix(d)?;
+        let of = |fit: &&config::Fit| {
+            teacher_cache::bytes(&model.spec, self.train, fit, self.config.seed, &mix, self.compute)
+        };
+        Ok(fits.iter().map(of).sum())
+    }
+
     fn recipe<'a>(&'a self, optimizer: &'a config::Fit, mix: Mix, teacher: Option<&'a Model>) -> Recipe<'a> {
         Recipe {
             optimizer,
@@ -485,6 +510,7 @@ impl Run<'_> {
             compute: self.compute,
             group: self.group,
             pipeline_parallel_size: self.pipeline_parallel_size,
+            teacher_cache: self.teacher_cache,
         }
     }
 

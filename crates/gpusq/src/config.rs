@@ -206,6 +206,9 @@ table! {
         /// Whether a step keeps only each block's input and computes the block again for the backward pass: less memory,
         /// about a third more time, the same result.
         gradient_checkpointing: bool = false;
+        /// Whether every epoch has the batches of the first, in another order, and not new ones: what --teacher-cache keeps
+        /// in the first epoch serves the others then.
+        fixed_batches: bool = false;
         /// Steps between checkpoints that --resume continues from (0: none before the stage ends).
         checkpoint_every: usize = 500, 0.0..=1e9;
         /// Steps between two points of the recorded loss curve.

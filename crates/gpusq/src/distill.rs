@@ -350,6 +350,12 @@ fn feature_loss(tape: &Tape, student: &Output, teacher: &Output, tokens: &Tokens
     weighted_sum(tape, &parts)
 }
 
+/// Whether the feature loss counts the tap `name`: embeddings are not a block, and the last hidden states are the last
+/// block's output normalised.
+pub(crate) fn is_feature(name: &str) -> bool {
+    !name.ends_with(".embed") && !name.ends_with(".last")
+}
+
 /// The mean squared error of each tapped feature, with its weight in the sum.
 fn block_losses(
     tape: &Tape,
@@ -358,8 +364,7 @@ fn block_losses(
     tokens: &Tokens,
     share: Share,
 ) -> Vec<(f32, Var)> {
-    // Embeddings are not a block, and the last hidden states are the last block's output normalised.
-    let blocks = student.iter().filter(|(name, _)| !name.ends_with(".embed") && !name.ends_with(".last"));
+    let blocks = student.iter().filter(|(name, _)| is_feature(name));
     blocks.map(|(name, mine)| block_loss(tape, mine, teacher[name].value(), tokens, share)).collect()
 }
 

@@ -180,24 +180,29 @@ pub fn identity(command: &str, task: &str, model: &Model, train: &Dataset, dev: 
 }
 
 /// FNV-1a over 32-bit words (Fowler, Noll, Vo): not against malice, only against mistakes.
-struct Digest(u64);
+pub(crate) struct Digest(u64);
 
 impl Digest {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Digest(0xCBF2_9CE4_8422_2325)
     }
 
-    fn word(&mut self, word: u32) {
+    pub(crate) fn word(&mut self, word: u32) {
         self.0 = (self.0 ^ u64::from(word)).wrapping_mul(0x0000_0100_0000_01B3);
     }
 
-    fn text(&mut self, text: &str) {
+    pub(crate) fn text(&mut self, text: &str) {
         text.bytes().for_each(|b| self.word(b.into()));
         self.word(text.len() as u32);
     }
+
+    pub(crate) fn value(&self) -> u64 {
+        self.0
+    }
 }
 
-fn digest_model(model: &Model) -> u64 {
+/// Of weights and attention pattern.
+pub(crate) fn digest_model(model: &Model) -> u64 {
     let mut d = Digest::new();
     d.text(&format!("{:?}", model.attention));
     for (name, weight) in model.params.iter() {

@@ -43,13 +43,15 @@ pub struct Preflight {
     pub memory: u64,
     /// Bytes of disk the output will need.
     pub disk: u64,
+    /// Bytes of disk that the cache of the teachers' outputs will need; 0 if there is none.
+    pub teacher_cache: u64,
     /// What the user should know.
     pub warnings: Vec<String>,
 }
 
 /// Checks that `model` can be trained on `train` as each of `fits` says by `devices` devices, under a teacher or not, for
 /// `stages` stages as `compute` says into `out`; `compresses` says that they compress. The model is split over `pipeline`
-/// of the devices, which is all of them or 1.
+/// of the devices, which is all of them or 1. `cache` is the folder for teachers' outputs with their bytes.
 ///
 /// # Errors
 /// [`Error::Mismatch`] if tokenizer or examples do not fit the model, [`Error::Tensor`] if a weight
@@ -68,6 +70,7 @@ pub fn preflight(
     compresses: bool,
     compute: Compute,
     out: &Path,
+    cache: Option<(&Path, u64)>,
 ) -> Result<Preflight> {
     check_fit(model, tokenizer, &[train, dev])?;
     if compresses {
@@ -132,6 +135,18 @@ pub fn preflight(
         );
         return Err(Error::file(out, message));
     }
+    if let Some((dir, bytes_kept)) = cache {
+        let free = free_space(dir).map(|free| free.saturating_add(size_of_files(dir)));
+        if let Some(free) = free.filter(|free| *free < bytes_kept) {
+            let message = format!(
+                "the teacher's outputs take about {} and {} are free; free some, choose another --teacher-cache or leave \
+                 it out",
+                bytes(bytes_kept),
+                bytes(free)
+            );
+            return Err(Error::file(dir, message));
+        }
+    }
     Ok(Preflight {
         parameters,
         compressed,
@@ -144,6 +159,7 @@ pub fn preflight(
         device: compute.to_string(),
         memory,
         disk,
+        teacher_cache: cache.map_or(0, |(_, bytes)| bytes),
         warnings,
     })
 }
@@ -204,6 +220,13 @@ fn check_range(model: &Model) -> Result<()> {
         return Err(Error::tensor(if file.is_file() { &file } else { folder }, stored, message));
     }
     Ok(())
+}
+
+/// Bytes of all files in the folders of `dir`: a cache has no deeper ones.
+fn size_of_files(dir: &Path) -> u64 {
+    let inside = |dir: &Path| std::fs::read_dir(dir).into_iter().flatten().flatten().map(|e| e.path());
+    let files = inside(dir).flat_map(|folder| inside(&folder).collect::<Vec<_>>());
+    files.filter_map(|file| Some(std::fs::metadata(file).ok()?.len())).sum()
 }
 
 /// Bytes of memory of this machine, where the system says.

@@ -246,6 +246,7 @@ impl Reproduction<'_> {
             true,
             base.compute,
             base.out,
+            None,
         )
     }
 

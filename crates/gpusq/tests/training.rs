@@ -14,6 +14,7 @@ use gpusq::quant::calibrate;
 use gpusq::task::{Dataset, Example, HeadKind, Scores, Split, Target, Tokenizer, task};
 use gpusq::tensor::{DType, Device, Group, Patience, Seat};
 use gpusq::train::batch::collate;
+use gpusq::train::teacher_cache::{Uses, bytes};
 use gpusq::train::{Event, Recipe, State, fit};
 
 /// 64 examples: the class is whether token 5 comes before token 6.
@@ -59,6 +60,7 @@ fn recipe<'a>(fit: &'a Fit, mix: Mix, teacher: Option<&'a Model>) -> Recipe<'a> 
         seed: 5,
         checkpoint: None,
         pipeline_parallel_size: 1,
+        teacher_cache: None,
         pad: 0,
         compute: Compute::CPU,
         group: Group::alone(),
@@ -234,6 +236,106 @@ fn a_batch_that_is_computed_in_parts_trains_the_same() {
                         start.stage
                     );
                 }
+            }
+        }
+    }
+}
+
+/// Every file of the folders in `dir`.
+fn kept(dir: &Path) -> Vec<std::path::PathBuf> {
+    let inside = |dir: &Path| std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()).collect::<Vec<_>>();
+    let mut all: Vec<_> = inside(dir).iter().flat_map(|folder| inside(folder)).collect();
+    all.sort();
+    all
+}
+
+/// On every device, in every stage and in parts, with padding: without a cache, with one that fills, with one that is
+/// full, and with one whose files are damaged or in each other's places.
+#[test]
+fn a_teachers_cache_changes_no_bit() {
+    let mut d = data();
+    for (i, e) in d.examples.iter_mut().enumerate() {
+        e.ids.extend(std::iter::repeat_n(9, i * i % 5));
+        e.types = vec![0; e.ids.len()];
+    }
+    // Three epochs.
+    let f = Fit {
+        batch_size: 10,
+        micro_batch_size: Some(7),
+        max_steps: Some(21),
+        log_every: 1,
+        fixed_batches: true,
+        ..settings(100, 1e-3)
+    };
+    let teacher = dense();
+    let sparse = pruned(&teacher, &d, "magnitude");
+    let mut fake = sparse.clone();
+    calibrate(&mut fake, &samples(&d), &calibration(&Config::default().quantize), Compute::CPU).unwrap();
+    let logits_only = Mix { gamma: 0.0, ..MIX };
+    for device in Device::all() {
+        let mut computes = vec![Compute { device, ..Compute::CPU }];
+        if device != Device::Cpu {
+            computes.push(Compute { device, element: DType::Bf16, tf32: false });
+        }
+        for compute in computes {
+            let dir = tempfile::tempdir().unwrap();
+            let stages = [(&sparse, MIX, &teacher), (&sparse, logits_only, &teacher), (&fake, MIX, &sparse)];
+            for (i, (start, mix, teacher)) in stages.into_iter().enumerate() {
+                let dir = dir.path().join(i.to_string());
+                let run = |cache: Option<&Path>, f: &Fit| {
+                    let mut student = start.clone();
+                    let how = Recipe { compute, teacher_cache: cache, ..recipe(f, mix, Some(teacher)) };
+                    let report = fit(&mut student, &d, &how, State::default(), &mut |_| {}).unwrap();
+                    ((student.params, report.curve), report.cache)
+                };
+                let (want, none) = run(None, &f);
+                assert_eq!(none, None);
+                let same = |what: &str, read: usize, written: usize| {
+                    let (got, uses) = run(Some(&dir), &f);
+                    assert!(got == want, "{compute}, {:?}: {what}", start.stage);
+                    assert_eq!(uses, Some(Uses { read, written }), "{compute}, {:?}: {what}", start.stage);
+                };
+                // Of an epoch: six batches of ten in two parts, and one of four.
+                let (parts, all) = (13, 3 * 13);
+                same("it fills", all - parts, parts);
+                same("it is full", all, 0);
+                let files = kept(&dir);
+                assert_eq!(files.len(), parts);
+                let expected = bytes(&teacher.spec, &d, &f, 5, &mix, compute);
+                let size: u64 = files.iter().map(|f| std::fs::metadata(f).unwrap().len()).sum();
+                // The rest are names and checksums.
+                assert!(expected < size && size < expected + 4096 * parts as u64, "{expected} {size}");
+                let [short, flipped, mistaken, other, ..] = &files[..] else { unreachable!() };
+                let whole = std::fs::read(short).unwrap();
+                std::fs::write(short, &whole[..whole.len() - 5]).unwrap();
+                let mut whole = std::fs::read(flipped).unwrap();
+                *whole.last_mut().unwrap() ^= 1;
+                std::fs::write(flipped, whole).unwrap();
+                std::fs::write(mistaken, "what is this").unwrap();
+                std::fs::copy(&files[4], other).unwrap();
+                let damaged = |f: &&std::path::PathBuf| [short, flipped, mistaken, other].contains(f);
+                assert_eq!(files.iter().filter(damaged).count(), 4);
+                let (got, uses) = run(Some(&dir), &f);
+                assert!(got == want, "{compute}, {:?}: files are damaged", start.stage);
+                assert_eq!(uses, Some(Uses { read: all - 4, written: 4 }));
+                same("they were written again", all, 0);
+                // New batches in every epoch.
+                let (_, uses) = run(Some(&dir), &Fit { fixed_batches: false, ..f.clone() });
+                assert_eq!(uses, Some(Uses { read: parts, written: all - parts }));
+            }
+            // Nobody else's outputs.
+            let mut changed = teacher.clone();
+            let Some(Weight::Dense(t)) = changed.params.get_mut("embed.word") else { unreachable!() };
+            t.f32_mut()[0] += 1e-3;
+            let how = |teacher| Recipe {
+                compute,
+                teacher_cache: Some(dir.path()),
+                ..recipe(&f, MIX, Some(teacher))
+            };
+            for teacher in [&teacher, &changed] {
+                let report =
+                    fit(&mut sparse.clone(), &d, &how(teacher), State::default(), &mut |_| {}).unwrap();
+                assert_eq!(report.cache.unwrap().written, 13);
             }
         }
     }
@@ -426,6 +528,7 @@ fn models_are_discarded_of_finished_runs_only() {
         compute: Compute::CPU,
         group: Group::alone(),
         pipeline_parallel_size: 1,
+        teacher_cache: None,
     };
     let models = ["pruned", "packed-fp16", "quantized", "packed"].map(|name| out.path().join(name));
     let other = out.path().join("mine");

@@ -8,7 +8,7 @@ use gpusq::model::Model;
 use gpusq::task::{Split, Tokenizer, task};
 use serde_json::Value;
 
-use crate::tiny::{compressed, data, dense, model, run, start, train, tree};
+use crate::tiny::{Done, compressed, data, dense, model, run, start, train, tree};
 
 fn eval(dir: &Path, split: &str) -> Value {
     eval_with(dir, split, &[])
@@ -234,6 +234,47 @@ fn single_stages_give_what_all_of_them_together_give() {
         }
     }
     assert_eq!(tree(&quantized.join("packed")), tree(&all.join("packed")));
+}
+
+/// A second run reads what the first kept, and leaves the files of a run without a cache.
+#[test]
+fn a_teachers_outputs_are_kept_for_later_runs() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = dir.path().join("cache");
+    let out = |name: &str| dir.path().join(name);
+    let with = |name: &str, more: &[&str]| {
+        let mut args = train("prune", &dense(), &out(name));
+        args.extend(more.iter().map(|s| s.to_string()));
+        run(&args)
+    };
+    let plain = with("plain", &[]);
+    plain.ok();
+    let flag = ["--teacher-cache", cache.to_str().unwrap()];
+    let notes = |done: &Done| -> Vec<String> {
+        let all = done.events().into_iter().filter(|e| e["event"] == "note");
+        all.map(|e| e["text"].as_str().unwrap().to_string()).filter(|t| t.contains("cache")).collect()
+    };
+    for (name, note) in [("first", "2:4: 0 of 32 outputs"), ("second", "2:4: 32 of 32 outputs")] {
+        let done = with(name, &flag);
+        done.ok();
+        assert!(notes(&done).len() == 1 && notes(&done)[0].starts_with(note), "{:?}", notes(&done));
+        let preflight = done.events().into_iter().find(|e| e["event"] == "preflight").unwrap();
+        assert!(preflight["preflight"]["teacher_cache"].as_u64().unwrap() > 0);
+        for file in ["model.safetensors", "curve.json"] {
+            let read = |name: &str| std::fs::read(out(name).join(file)).unwrap();
+            assert!(read(name) == read("plain"), "{file} of the {name} run differs");
+        }
+    }
+    assert!(notes(&plain).is_empty());
+    for (more, why) in [
+        (["--no-distill", "", ""], "distillation is off"),
+        (["--pipeline-parallel-size", "2", ""], "cannot be used with"),
+    ] {
+        let more: Vec<&str> = flag.iter().chain(&more).copied().filter(|s| !s.is_empty()).collect();
+        let done = with("refused", &more);
+        assert!(done.code != Some(0) && done.stderr.contains(why), "{}", done.stderr);
+        assert!(!out("refused").exists());
+    }
 }
 
 #[test]

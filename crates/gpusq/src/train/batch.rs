@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use gpusq_tensor::Part;
 
+use crate::config;
 use crate::distill::{Share, Targets};
 use crate::forward::{Inputs, Tokens};
 use crate::task::{Example, HeadKind, Target};
@@ -130,7 +131,7 @@ pub fn by_length(examples: &[Example], size: usize) -> Vec<Vec<usize>> {
 /// is padded), batches shuffled again.
 pub fn shuffled(examples: &[Example], size: usize, seed: u64, epoch: usize) -> Vec<Vec<usize>> {
     const WINDOW: usize = 32;
-    let mut random = Shuffle(seed ^ (epoch as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
+    let mut random = Shuffle::of_epoch(seed, epoch);
     let mut order: Vec<usize> = (0..examples.len()).collect();
     random.shuffle(&mut order);
     let mut batches = Vec::new();
@@ -142,10 +143,24 @@ pub fn shuffled(examples: &[Example], size: usize, seed: u64, epoch: usize) -> V
     batches
 }
 
+/// The batches of one epoch of training as `fit` says: new ones, or the first epoch's in another order.
+pub fn epoch(examples: &[Example], fit: &config::Fit, seed: u64, epoch: usize) -> Vec<Vec<usize>> {
+    if !fit.fixed_batches || epoch == 0 {
+        return shuffled(examples, fit.batch_size, seed, epoch);
+    }
+    let mut batches = shuffled(examples, fit.batch_size, seed, 0);
+    Shuffle::of_epoch(seed, epoch).shuffle(&mut batches);
+    batches
+}
+
 /// SplitMix64 (Steele et al. 2014) with Fisher-Yates.
 struct Shuffle(u64);
 
 impl Shuffle {
+    fn of_epoch(seed: u64, epoch: usize) -> Self {
+        Shuffle(seed ^ (epoch as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15))
+    }
+
     fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -183,6 +198,21 @@ mod tests {
         assert_eq!(seen, (0..103).collect::<Vec<_>>());
         assert_eq!(a, shuffled(&e, 4, 1, 0));
         assert!(a != shuffled(&e, 4, 1, 1) && a != shuffled(&e, 4, 2, 0));
+    }
+
+    #[test]
+    fn fixed_batches_come_in_another_order_every_epoch() {
+        let e = examples(103);
+        let fit = |fixed_batches| config::Fit { batch_size: 4, fixed_batches, ..config::Fit::default() };
+        let of = |n| epoch(&e, &fit(true), 1, n);
+        let sorted = |mut batches: Vec<Vec<usize>>| {
+            batches.sort();
+            batches
+        };
+        assert!(of(0) == shuffled(&e, 4, 1, 0) && of(0) != of(1) && of(1) != of(2));
+        assert!(sorted(of(0)) == sorted(of(1)) && sorted(of(0)) == sorted(of(2)));
+        let new = |n| epoch(&e, &fit(false), 1, n);
+        assert!(new(1) == shuffled(&e, 4, 1, 1) && sorted(new(0)) != sorted(new(1)));
     }
 
     #[test]

@@ -1,20 +1,21 @@
 //! The training loop.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use gpusq_tensor::ops::add::accumulate;
 use gpusq_tensor::ops::masked::MaskGradient;
 use gpusq_tensor::{AdamW, Device, Group, Moments, Slot, Tape, Tensor, Update};
 use serde::{Deserialize, Serialize};
 
-use super::batch::{Batch, MicroBatch, collate, shuffled};
+use super::batch::{Batch, MicroBatch, collate, epoch};
 use super::memory::Step;
 use super::state::{SCALE, State, gather_params};
+use super::teacher_cache::{TeacherCache, Uses};
 use crate::arch::{self, Layout};
 use crate::config::{self, Schedule};
 use crate::distill::{Mix, Sums, Terms, loss};
-use crate::forward::{Bound, Compute, forward, prepare};
+use crate::forward::{Bound, Compute, Inputs, Output, forward, prepare};
 use crate::model::Model;
 use crate::params::{Params, Weight};
 use crate::sparsity::{Pattern, mask_rows};
@@ -30,6 +31,8 @@ pub struct Recipe<'a> {
     pub mix: Mix,
     /// The model whose outputs are imitated; `None` trains on labels alone.
     pub teacher: Option<&'a Model>,
+    /// Folder in which the teacher's outputs are kept, for later epochs and runs; not in a pipeline.
+    pub teacher_cache: Option<&'a Path>,
     /// Learning rate of step sizes (of their logarithm).
     pub scale_learning_rate: f64,
     /// Steps between new masks from the current magnitudes; 0 keeps the masks.
@@ -99,6 +102,8 @@ pub struct Report {
     pub steps: usize,
     /// The loss curve.
     pub curve: Vec<Point>,
+    /// How often the teacher's cache was used, if there is one.
+    pub cache: Option<Uses>,
 }
 
 /// Gradients by weight's name, each with that of its step sizes if it has some.
@@ -197,6 +202,7 @@ pub struct Stepper<'a> {
     frozen: BTreeSet<String>,
     pub(super) quiet: Tape,
     pub(super) teacher: Option<(&'a Model, Bound)>,
+    cache: Option<TeacherCache>,
     pub(super) gradient: MaskGradient,
     /// Those of a pipeline, by rank; none where each process has the whole model.
     sections: Vec<Section>,
@@ -209,7 +215,8 @@ impl<'a> Stepper<'a> {
     /// Prepares to train `student` as `how` says.
     ///
     /// # Errors
-    /// A model that cannot be split as `how` asks; a lost process.
+    /// A model that cannot be split as `how` asks; a teacher's cache in a pipeline, or in a folder that cannot be made; a
+    /// lost process.
     pub fn new(student: &Model, how: &'a Recipe<'a>) -> Result<Self> {
         let sections = sections(&student.spec, how.pipeline_parallel_size, how.group.size())?;
         if !sections.is_empty() {
@@ -231,12 +238,21 @@ impl<'a> Stepper<'a> {
         if let Some(teacher) = how.teacher {
             prepare(&teacher.spec, teacher.attention, how.compute);
         }
+        let cache = match (how.teacher, how.teacher_cache) {
+            (Some(_), Some(_)) if !sections.is_empty() => {
+                let message = "a pipeline cannot keep its teacher's outputs: each process has a part of them; leave out \
+                               teacher_cache";
+                return Err(Error::Config(message.into()));
+            }
+            (Some(teacher), Some(dir)) => Some(TeacherCache::open(dir, teacher, &how.mix, how.compute)?),
+            _ => None,
+        };
         let quiet = Tape::inference();
         let section = sections.get(how.group.rank());
         let bound = |t: &Model| Bound::new(&quiet, &own(section, &t.params), MaskGradient::Kept, how.compute);
         let teacher = how.teacher.map(|t| (t, bound(t)));
         let gradient = if how.mask_update_every > 0 { MaskGradient::All } else { MaskGradient::Kept };
-        Ok(Stepper { how, spec, frozen, quiet, teacher, gradient, sections })
+        Ok(Stepper { how, spec, frozen, quiet, teacher, cache, gradient, sections })
     }
 
     /// Of `params` those that this process trains: all, or those of its section.
@@ -338,7 +354,7 @@ impl<'a> Stepper<'a> {
                 true => Some(&mut sum),
                 false => None,
             };
-            self.differentiate(student, part, step, &mut summed, reached);
+            self.differentiate(student, part, step, &mut summed, reached)?;
         }
         outcome?;
         let mut losses = summed.losses.take().expect("a batch has parts");
@@ -357,13 +373,10 @@ impl<'a> Stepper<'a> {
         step: usize,
         summed: &mut Summed,
         mut reached: Option<Reached>,
-    ) {
+    ) -> Result<()> {
         let (how, Batch { inputs, targets }) = (self.how, &part.batch);
         let taps = how.mix.taps();
-        let taught = self
-            .teacher
-            .as_ref()
-            .map(|(t, bound)| forward(&self.quiet, &t.spec, bound, t.attention, inputs, taps));
+        let taught = self.taught(inputs)?;
         let tape = self.tape(part, step);
         let bound = Bound::new(&tape, &student.params, self.gradient, how.compute);
         let out = forward(&tape, &self.spec, &bound, student.attention, inputs, taps);
@@ -377,6 +390,18 @@ impl<'a> Stepper<'a> {
         // Weights are updated in place once nothing else holds them, and `bound` ends here.
         summed.add(bound.gradients(&mut grads, ""));
         summed.add_losses(l.sums());
+        Ok(())
+    }
+
+    /// The teacher's outputs for `inputs`, if there is one.
+    fn taught(&self, inputs: &Inputs) -> Result<Option<Output>> {
+        let Some((t, bound)) = &self.teacher else { return Ok(None) };
+        let taps = self.how.mix.taps();
+        let compute = || forward(&self.quiet, &t.spec, bound, t.attention, inputs, taps);
+        match &self.cache {
+            Some(cache) => cache.outputs(&self.quiet, inputs, compute).map(Some),
+            None => Ok(Some(compute())),
+        }
     }
 
     /// Every tensor that is trained, with its gradient and moments; these start at 0.
@@ -467,9 +492,9 @@ pub fn fit(
     let mut order: (usize, Vec<Vec<usize>>) = (usize::MAX, Vec::new());
     while state.progress.step < steps && !state.progress.stopped {
         let step = state.progress.step;
-        let epoch = step / per_epoch;
-        if order.0 != epoch {
-            order = (epoch, shuffled(&data.examples, o.batch_size, how.seed, epoch));
+        let n = step / per_epoch;
+        if order.0 != n {
+            order = (n, epoch(&data.examples, o, how.seed, n));
         }
         let batch = collate(&data.examples, &order.1[step % per_epoch], data.head, how.pad);
         let lr = learning_rate(o, step, steps);
@@ -524,7 +549,7 @@ pub fn fit(
         how.group.broadcast(&mut student.params.tensors_mut())?;
     }
     let p = state.progress;
-    Ok(Report { steps: p.step, curve: p.curve })
+    Ok(Report { steps: p.step, curve: p.curve, cache: stepper.cache.as_ref().map(TeacherCache::uses) })
 }
 
 fn mean(terms: &[Terms]) -> Terms {

@@ -5,6 +5,7 @@ mod fit;
 mod memory;
 mod pipeline;
 mod state;
+pub mod teacher_cache;
 
 pub use fit::{Event, Point, Recipe, Report, Stepper, fit, sections, total_steps};
 pub use memory::Step;

@@ -1,0 +1,179 @@
+//! A teacher's outputs on disk, so that they are computed once for each batch and not in every epoch or run.
+//!
+//! `DIR/D/K.safetensors` has what the loss reads of a teacher for one part of a batch. `D` is a digest of everything that
+//! decides those bits besides the inputs (weights, specification, device, element type, versions), `K` one of the inputs.
+//! Outputs of an example depend on its batch in their last bits (sums over padding, kernels chosen by size), so a part is
+//! found again only as it was: that is why training with a cache has the bits of training without.
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use gpusq_tensor::{Device, Tape, Tensor, cuda};
+
+use super::batch::epoch;
+use crate::config;
+use crate::distill::{Mix, is_feature};
+use crate::format::safetensors::{Checkpoint, checksum, write_checksummed};
+use crate::forward::{Compute, Inputs, Output, Tokens};
+use crate::model::Model;
+use crate::outdir::{Digest, digest_model};
+use crate::report::Machine;
+use crate::spec::TransformerSpec;
+use crate::task::{Dataset, HeadKind};
+use crate::{Error, Result};
+
+/// Of the logits; taps have names of their own.
+const LOGITS: &str = "logits";
+
+/// Metadata keys: what decided the outputs, and the inputs' checksum.
+const OF: &str = "of";
+const INPUTS: &str = "inputs_crc32";
+
+/// How often a cache was used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Uses {
+    /// Parts of batches whose outputs were read.
+    pub read: usize,
+    /// Parts whose outputs were computed and written.
+    pub written: usize,
+}
+
+/// The outputs of one teacher.
+pub(super) struct TeacherCache {
+    folder: PathBuf,
+    /// What decides the outputs, besides the inputs.
+    of: String,
+    device: Device,
+    uses: Cell<Uses>,
+}
+
+impl TeacherCache {
+    /// That of `teacher` in the folder `dir`, for what `mix` reads.
+    ///
+    /// # Errors
+    /// A folder that cannot be made.
+    pub(super) fn open(dir: &Path, teacher: &Model, mix: &Mix, compute: Compute) -> Result<Self> {
+        let machine = match compute.device {
+            Device::Cpu => Machine::current(0, "").cpu,
+            Device::Cuda(gpu) => format!("{}, {}", gpu.name(), cuda::versions()),
+        };
+        let (element, tf32, spec) = (compute.element, compute.tf32, &teacher.spec);
+        let of = format!(
+            "gpusq {}, {machine}, {element:?}, tf32 {tf32}, {:?}, {spec:?}, weights {:016x}",
+            env!("CARGO_PKG_VERSION"),
+            mix.taps(),
+            digest_model(teacher)
+        );
+        let mut digest = Digest::new();
+        digest.text(&of);
+        let folder = dir.join(format!("{:016x}", digest.value()));
+        std::fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
+        Ok(TeacherCache { folder, of, device: compute.device, uses: Cell::default() })
+    }
+
+    pub(super) fn uses(&self) -> Uses {
+        self.uses.get()
+    }
+
+    /// What the loss reads of the teacher's outputs for `inputs`, as constants on `tape`: from disk, or what `compute`
+    /// gives, which is kept there.
+    ///
+    /// # Errors
+    /// A file that cannot be read or written. One that is damaged is written again.
+    pub(super) fn outputs(
+        &self,
+        tape: &Tape,
+        inputs: &Inputs,
+        compute: impl FnOnce() -> Output,
+    ) -> Result<Output> {
+        let (key, sum) = digest_inputs(inputs);
+        let path = self.folder.join(format!("{key:016x}.safetensors"));
+        let mut uses = self.uses.get();
+        if let Some(kept) = self.read(&path, &sum)? {
+            uses.read += 1;
+            self.uses.set(uses);
+            let mut taps: BTreeMap<_, _> =
+                kept.into_iter().map(|(name, t)| (name, tape.constant(t.to(self.device)))).collect();
+            let logits = taps.remove(LOGITS).expect("looked for when it was read");
+            return Ok(Output { logits, taps });
+        }
+        let mut out = compute();
+        out.taps.retain(|name, _| is_feature(name));
+        let on_host = |(name, t): (&str, &Tensor)| (name.to_string(), t.to(Device::Cpu));
+        let taps = out.taps.iter().map(|(name, v)| (name.as_str(), v.value()));
+        let all: Vec<_> = taps.chain([(LOGITS, out.logits.value())]).map(on_host).collect();
+        // A GPU that failed left zeros.
+        self.device.check()?;
+        let metadata = [(OF.to_string(), self.of.clone()), (INPUTS.to_string(), sum)];
+        write_checksummed(&path, &all, &metadata.into())?;
+        uses.written += 1;
+        self.uses.set(uses);
+        Ok(out)
+    }
+
+    /// The tensors in `path`; `None` if there is no such file, or not as it was written, or one of other inputs.
+    fn read(&self, path: &Path, sum: &str) -> Result<Option<BTreeMap<String, Tensor>>> {
+        let whole = || -> Result<Option<BTreeMap<String, Tensor>>> {
+            let file = Checkpoint::open_file(path)?;
+            let says = |key: &str, value: &str| file.metadata().get(key).is_some_and(|v| v == value);
+            if !says(OF, &self.of) || !says(INPUTS, sum) || file.info(LOGITS).is_none() {
+                return Ok(None);
+            }
+            let all: Result<_> = file.names().map(|name| Ok((name.to_string(), file.raw(name)?))).collect();
+            all.map(Some)
+        };
+        match whole() {
+            Err(Error::File { .. } | Error::Tensor { .. }) => Ok(None),
+            Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            other => other,
+        }
+    }
+}
+
+/// A digest and a checksum, which miss different mistakes.
+fn digest_inputs(inputs: &Inputs) -> (u64, String) {
+    let mut words: Vec<u32> = Vec::new();
+    for t in std::iter::once(&inputs.tokens).chain(&inputs.target) {
+        let Tokens { batch, length, ids, types, mask } = t;
+        words.extend([*batch as u32, *length as u32, types.len() as u32, u32::from(mask.is_some())]);
+        words.extend(ids.iter().chain(types));
+        words.extend(mask.iter().flatten().map(|&m| u32::from(m)));
+    }
+    let mut digest = Digest::new();
+    words.iter().for_each(|&w| digest.word(w));
+    let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
+    (digest.value(), checksum(&bytes))
+}
+
+/// Bytes of the outputs that training on `data` as `fit` says keeps of a teacher with the specification `spec`.
+pub fn bytes(
+    spec: &TransformerSpec,
+    data: &Dataset,
+    fit: &config::Fit,
+    seed: u64,
+    mix: &Mix,
+    compute: Compute,
+) -> u64 {
+    let taps = mix.taps();
+    let widths = spec.stacks().map(|(_, s)| {
+        let attention = if taps.attention { s.heads * s.head_dim } else { 0 };
+        s.layers * (if taps.blocks { s.hidden } else { 0 } + attention)
+    });
+    let features = widths.sum::<usize>() * compute.element.size();
+    // Of each token, and of each sequence.
+    let (of_token, of_sequence) = match data.head {
+        HeadKind::Classes(n) => (features, 4 * n),
+        HeadKind::Value => (features, 4),
+        HeadKind::Span => (features + 8, 0),
+    };
+    let steps = super::total_steps(fit, data.examples.len());
+    let per_epoch = data.examples.len().div_ceil(fit.batch_size);
+    let epochs = if fit.fixed_batches { 1 } else { steps.div_ceil(per_epoch) };
+    let batches = (0..epochs).flat_map(|e| epoch(&data.examples, fit, seed, e)).take(steps);
+    let of_batch = |which: Vec<usize>| {
+        let length = which.iter().map(|&i| data.examples[i].ids.len()).max().unwrap_or(0);
+        (which.len() * (length * of_token + of_sequence)) as u64
+    };
+    batches.map(of_batch).sum()
+}
