@@ -951,6 +951,19 @@ mod tests {
         );
     }
 
+    /// What the README's figures for SQuAD were measured with.
+    #[test]
+    fn a_small_model_on_squad_learns_long_from_features() {
+        let config = Config::load(None, Some("minilm-squad"), &[]).unwrap();
+        let (d, default) = (&config.distill, Distill::default());
+        assert_eq!((d.gamma, d.attention_features), (30.0, true));
+        assert_eq!((d.alpha, d.beta, d.temperature), (default.alpha, default.beta, default.temperature));
+        let of = |f: &Fit| (f.learning_rate, f.epochs, f.batch_size);
+        assert_eq!(of(&config.train.fit), (1e-4, 20, 32));
+        assert_eq!(of(&config.prune.fit), (2e-4, 16, 32));
+        assert_eq!(of(&config.quantize.fit), (1e-4, 6, 32));
+    }
+
     /// The paper's table 6: name, learning rate, epochs, batch per GPU, GPUs.
     #[test]
     fn presets_hold_the_papers_table_6() {
@@ -988,6 +1001,6 @@ mod tests {
             let runs = name.ends_with("-glue") || name.ends_with("-squad");
             assert_eq!(!doc.contains("no command runs it yet"), runs, "{doc}");
         }
-        assert_eq!(PRESETS.len(), 17, "a preset beside `quick` that is not checked here");
+        assert_eq!(PRESETS.len(), 18, "a preset beside `quick` and `minilm-squad` that is not checked here");
     }
 }
