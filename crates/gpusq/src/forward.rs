@@ -11,7 +11,7 @@ use gpusq_tensor::cuda::with_tf32;
 use gpusq_tensor::ops;
 use gpusq_tensor::ops::activation::{activation, quantized};
 use gpusq_tensor::ops::add::add;
-use gpusq_tensor::ops::attention::{Attention, attention, attention_joint, takes_joint};
+use gpusq_tensor::ops::attention::{Attention, Half, attention, attention_joint, takes_joint};
 use gpusq_tensor::ops::cast::cast;
 use gpusq_tensor::ops::dropout::dropout;
 use gpusq_tensor::ops::embedding::{Lookup, embedding};
@@ -433,9 +433,8 @@ impl Forward<'_> {
     /// What the map `out` reads: the activation of what the map `first` makes of `x`. Where `out` is quantised, nothing
     /// else reads the activation, and it goes from the sums of `first` to codes in one pass.
     fn activated(&self, first: &str, out: &str, x: &Input, s: &Stack) -> Input {
-        let quantised = matches!(self.bound.get(&format!("{out}.weight")).effective, Effective::Quantized(_));
         match self.bound.leaves.get(&format!("{out}.input_scale")) {
-            Some(scale) if quantised && !self.want.linears => {
+            Some(scale) if self.is_quantised(out) && !self.want.linears => {
                 let pair = self.output_step(first);
                 let (weight, bias) = self.weight_and_bias(first, s.bias);
                 let inner = self.product(weight, x, bias, &[], self.bound.element);
@@ -462,6 +461,11 @@ impl Forward<'_> {
     fn weight_and_bias(&self, name: &str, bias: bool) -> (&Effective, Option<&Var>) {
         let effective = &self.bound.get(&format!("{name}.weight")).effective;
         (effective, bias.then(|| self.bound.plain(&format!("{name}.bias"))))
+    }
+
+    /// Whether the weight of the map `name` is quantised.
+    fn is_quantised(&self, name: &str) -> bool {
+        matches!(self.bound.get(&format!("{name}.weight")).effective, Effective::Quantized(_))
     }
 
     /// The step size of the output of the map `name`, if it is quantised.
@@ -509,11 +513,13 @@ impl Forward<'_> {
         }
     }
 
-    fn norm(&self, name: &str, kind: Norm, x: &Var, residual: Option<&Var>) -> Var {
+    /// `half`: what is summed was rounded to f16, as the engine holds it.
+    fn norm(&self, name: &str, kind: Norm, x: &Var, residual: Option<&Var>, half: bool) -> Var {
         let gain = self.bound.plain(&format!("{name}.weight"));
         match kind {
             Norm::Layer { eps } => {
-                layer_norm(self.tape, x, residual, gain, self.bound.plain(&format!("{name}.bias")), eps)
+                let bias = self.bound.plain(&format!("{name}.bias"));
+                layer_norm(self.tape, x, residual, gain, bias, eps, half)
             }
             Norm::Rms { eps } => match residual {
                 Some(r) => rms_norm(self.tape, &add(self.tape, x, r), gain, eps),
@@ -552,7 +558,7 @@ impl Forward<'_> {
             (None, _) => embedding(self.tape, &lookups, self.bound.element),
         };
         if e.norm {
-            sum = self.norm(&format!("{name}.embed.norm"), s.norm, &sum, None);
+            sum = self.norm(&format!("{name}.embed.norm"), s.norm, &sum, None, false);
         }
         dropout(self.tape, &sum, s.dropout.hidden)
     }
@@ -630,7 +636,7 @@ impl Forward<'_> {
             return x;
         }
         if s.final_norm {
-            x = self.norm(&format!("{name}.norm"), s.norm, &x, None);
+            x = self.norm(&format!("{name}.norm"), s.norm, &x, None, false);
         }
         if s.embed.projected {
             x = linear(self.tape, &x, self.bound.plain(&format!("{name}.project_out.weight")), None);
@@ -642,18 +648,18 @@ impl Forward<'_> {
     /// Block `at` of a stack.
     fn block(&self, at: &str, block: &Block, x: &Var) -> Var {
         let s = &block.stack;
-        let mut x = self.sublayer(&format!("{at}.attn.norm"), s, x, |x| {
+        let mut x = self.sublayer(&format!("{at}.attn.norm"), &format!("{at}.attn.o"), s, x, |x| {
             let input = self.input(&format!("{at}.attn"), x);
             self.attend(&format!("{at}.attn"), s, &input, &input, &block.own, block.rotation.as_ref())
         });
         if let Some((encoded, how)) = &block.cross {
-            x = self.sublayer(&format!("{at}.cross.norm"), s, &x, |x| {
+            x = self.sublayer(&format!("{at}.cross.norm"), &format!("{at}.cross.o"), s, &x, |x| {
                 let q = self.input(&format!("{at}.cross.q"), x);
                 let kv = self.input(&format!("{at}.cross.kv"), encoded);
                 self.attend(&format!("{at}.cross"), s, &q, &kv, how, None)
             });
         }
-        self.sublayer(&format!("{at}.ffn.norm"), s, &x, |x| {
+        self.sublayer(&format!("{at}.ffn.norm"), &format!("{at}.ffn.out"), s, &x, |x| {
             let input = self.input(&format!("{at}.ffn"), x);
             let (first, out) = (format!("{at}.ffn.in"), format!("{at}.ffn.out"));
             let inner = if s.gated {
@@ -667,16 +673,16 @@ impl Forward<'_> {
         })
     }
 
-    /// Residual connection, dropout and normalisation around `f`, in the stack's order.
-    fn sublayer(&self, norm: &str, s: &Stack, x: &Var, f: impl FnOnce(&Var) -> Var) -> Var {
+    /// Residual connection, dropout and normalisation around `f`, whose last map is `last`, in the stack's order.
+    fn sublayer(&self, norm: &str, last: &str, s: &Stack, x: &Var, f: impl FnOnce(&Var) -> Var) -> Var {
         match s.order {
             NormOrder::Pre => {
-                let y = f(&self.norm(norm, s.norm, x, None));
+                let y = f(&self.norm(norm, s.norm, x, None, false));
                 add(self.tape, x, &dropout(self.tape, &y, s.dropout.hidden))
             }
             NormOrder::Post => {
                 let y = dropout(self.tape, &f(x), s.dropout.hidden);
-                self.norm(norm, s.norm, &y, Some(x))
+                self.norm(norm, s.norm, &y, Some(x), self.is_quantised(last))
             }
         }
     }
@@ -692,6 +698,13 @@ impl Forward<'_> {
     ) -> Var {
         let joint = self.bound.joint.get(at).filter(|_| std::ptr::eq(q_input, kv_input));
         let names = PROJECTIONS.map(|p| format!("{at}.{p}"));
+        // What rotation makes of codes is none.
+        let half = || {
+            let steps = names.each_ref().map(|name| self.output_step(name).filter(|_| rotation.is_none()));
+            let [q, k, v] = steps.map(|step| step.map(|step| step.value().clone()));
+            Half { steps: q.zip(k).zip(v).map(|((q, k), v)| [q, k, v]) }
+        };
+        let how = &Attention { half: self.is_quantised(&format!("{at}.o")).then(half), ..how.clone() };
         let [mut q, mut k, v] = match joint {
             Some(j) => {
                 let y = self.map(&names, &j.weight, q_input, j.bias.as_ref(), self.bound.element);

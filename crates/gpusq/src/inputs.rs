@@ -83,5 +83,6 @@ pub(crate) fn attention_of(
         key_mask: keys.mask.as_deref().map(Flags::from),
         pattern: pattern.map(|p| (p.keep, p.of)),
         dropout: s.dropout.attention,
+        half: None,
     }
 }

@@ -57,7 +57,7 @@ fn epilogue(gpu: Gpu, rows: usize, cols: usize, out: Out) -> Epilogue {
     let scale = of(1.5 / (74.0 * 74.0 * (cols as f32 / 2.0).sqrt()));
     let store = match out {
         Out::Codes => Store::Codes { activation: None, step: of(0.04) },
-        Out::Gelu => Store::Codes { activation: Some(Activation::Gelu), step: of(0.04) },
+        Out::Gelu => Store::table(gpu, Activation::Gelu, 0.04, 0.04),
         Out::Half | Out::HalfPair => Store::Half,
     };
     let output_step = matches!(out, Out::Gelu | Out::HalfPair).then(|| of(0.04));

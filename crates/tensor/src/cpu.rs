@@ -168,6 +168,35 @@ pub(crate) fn exp(x: f32) -> f32 {
     p * f32::from_bits(shifted.to_bits().wrapping_add(127) << 23)
 }
 
+/// 2^x to about 2 units in the last place, for x up to 127; 0 below -126. Written so that loops over it vectorise.
+#[inline(always)]
+pub(crate) fn exp2(x: f32) -> f32 {
+    let shifted = x.max(-126.0) + 12_582_912.0;
+    let r = x - (shifted - 12_582_912.0);
+    let p = 1.525_273_4e-5;
+    let p = p * r + 1.540_353e-4;
+    let p = p * r + 1.333_355_8e-3;
+    let p = p * r + 9.618_129e-3;
+    let p = p * r + 5.550_411e-2;
+    let p = p * r + 2.402_265e-1;
+    let p = p * r + 6.931_472e-1;
+    let p = p * r + 1.0;
+    if x < -126.0 { 0.0 } else { p * f32::from_bits(shifted.to_bits().wrapping_add(127) << 23) }
+}
+
+/// The f16 nearest to `x`, ties to even. Written so that loops over it vectorise.
+#[inline(always)]
+pub(crate) fn half(x: f32) -> f32 {
+    let size = x.abs();
+    let bits = size.to_bits();
+    let normal = f32::from_bits(bits.wrapping_add(0xFFF + (bits >> 13 & 1)) & !0x1FFF);
+    // Below 2^-14 an f16 is a multiple of 2^-24, as an f32 between 1/2 and 1 is.
+    let small = (size + 0.5) - 0.5;
+    let held = if size < 6.103_515_6e-5 { small } else { normal };
+    let held = if size < 65_520.0 { held } else { size * f32::INFINITY };
+    held.copysign(x)
+}
+
 /// tanh to 1e-7 absolute.
 #[inline(always)]
 pub(crate) fn tanh(x: f32) -> f32 {
@@ -252,6 +281,39 @@ mod tests {
             assert!((exp(y) as f64 - want).abs() <= 4e-7 * want, "exp {y}: {} {want}", exp(y));
         }
         assert!(exp(-1e9) < 1e-37 && exp(1e9).is_finite());
+    }
+
+    /// On the grid that attention's scores lie on, halves of powers are those of the exact powers: what else computes a
+    /// power to 2^-22 agrees.
+    #[test]
+    fn halves_of_powers_on_the_grid_are_exact() {
+        for i in 0..256 * 130 {
+            let x = i as f32 / -256.0;
+            let exact = (f64::from(x)).exp2();
+            assert!((f64::from(exp2(x)) - exact).abs() <= 2.4e-7 * exact || x < -126.0, "2^{x}");
+            assert_eq!(half(exp2(x)), crate::f16::from_f64(exact).to_f32(), "2^{x}");
+            for off in [1.0 - 2.4e-7, 1.0 + 2.4e-7] {
+                let other = crate::f16::from_f64(exact * off);
+                // Below 2^-14 halves are coarse, and ties elsewhere.
+                assert!(x < -14.0 || other == crate::f16::from_f64(exact), "2^{x} is next to a tie");
+            }
+        }
+        assert_eq!([exp2(f32::NEG_INFINITY), exp2(-1e9), exp2(0.0)], [0.0, 0.0, 1.0]);
+    }
+
+    #[test]
+    fn half_is_the_f16_conversion() {
+        for i in 0..1u32 << 20 {
+            // Every exponent, the bits around ties, and the others now and then.
+            for bits in [i << 12, (i << 12) - (i != 0) as u32, (i << 12) + 1, i.wrapping_mul(0x9E37_79B9)] {
+                let x = f32::from_bits(bits);
+                let (got, want) = (half(x), crate::f16::from_f32(x).to_f32());
+                assert!(
+                    got.to_bits() == want.to_bits() || x.is_nan() && got.is_nan(),
+                    "{x:e}: {got:e}, {want:e}"
+                );
+            }
+        }
     }
 
     #[test]

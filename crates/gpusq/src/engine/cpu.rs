@@ -7,7 +7,7 @@
 //! a sparse dot product.
 
 use gpusq_tensor::ops::activation::{self, Activation};
-use gpusq_tensor::ops::attention::{self, Attention};
+use gpusq_tensor::ops::attention::{self, Attention, Half};
 use gpusq_tensor::ops::embedding::{self, Rows};
 use gpusq_tensor::ops::rotary::{self, RotaryTable};
 use gpusq_tensor::ops::{add, gated, int8_linear, layer_norm, linear, rms_norm, select};
@@ -75,8 +75,13 @@ impl Normal {
     }
 
     fn apply(&self, x: &Tensor, residual: Option<&Tensor>) -> Tensor {
+        self.of(x, residual, false)
+    }
+
+    /// `half`: what is summed is rounded to f16 first.
+    fn of(&self, x: &Tensor, residual: Option<&Tensor>, half: bool) -> Tensor {
         match (self.kind, &self.bias) {
-            (Norm::Layer { eps }, Some(bias)) => layer_norm::apply(x, residual, &self.gain, bias, eps),
+            (Norm::Layer { eps }, Some(bias)) => layer_norm::apply(x, residual, &self.gain, bias, eps, half),
             (Norm::Layer { eps } | Norm::Rms { eps }, _) => match residual {
                 Some(r) => rms_norm::apply(&add::apply(x, r), &self.gain, eps),
                 None => rms_norm::apply(x, &self.gain, eps),
@@ -261,12 +266,15 @@ impl Pass<'_> {
             q = rotary::apply(&q, positions, table);
             k = rotary::apply(&k, positions, table);
         }
+        // What rotation makes of codes is none.
+        let half = || Half { steps: b.qkv.output_steps().filter(|_| rotation.is_none()) };
+        let how = &Attention { half: b.attention_out.integer().then(half), ..how.clone() };
         let mut y = attention::apply(&q, &k, &v, how);
         if let Some(rows) = rows {
             (x, y) = (select::apply(&x, rows), select::apply(&y, rows));
         }
         let y = self.single(&b.attention_out, &y);
-        x = join(s.order, &b.attention_norm, &x, &y);
+        x = join(s.order, &b.attention_norm, &x, &y, b.attention_out.integer());
         let inner = match s.order {
             NormOrder::Pre => self.site(&b.ffn_in, &b.ffn_norm.apply(&x, None)),
             NormOrder::Post => self.site(&b.ffn_in, &x),
@@ -276,7 +284,7 @@ impl Pass<'_> {
             [inner] => self.single(&b.ffn_out, &activation::apply(inner, s.activation)),
             _ => unreachable!("a feed-forward begins with one or two projections"),
         };
-        join(s.order, &b.ffn_norm, &x, &y)
+        join(s.order, &b.ffn_norm, &x, &y, b.ffn_out.integer())
     }
 
     fn head(&mut self, hidden: Tensor, tokens: &Tokens) -> Tensor {
@@ -301,10 +309,10 @@ fn first_tokens(tokens: &Tokens) -> Vec<u32> {
     (0..tokens.batch).map(|b| (b * tokens.length) as u32).collect()
 }
 
-/// The residual connection around a sub-layer that made `y` of `x`.
-fn join(order: NormOrder, norm: &Normal, x: &Tensor, y: &Tensor) -> Tensor {
+/// The residual connection around a sub-layer that made `y` of `x`; before a norm both are rounded to f16 if `half`.
+fn join(order: NormOrder, norm: &Normal, x: &Tensor, y: &Tensor, half: bool) -> Tensor {
     match order {
         NormOrder::Pre => add::apply(x, y),
-        NormOrder::Post => norm.apply(y, Some(x)),
+        NormOrder::Post => norm.of(y, Some(x), half),
     }
 }

@@ -1,7 +1,7 @@
 //! The engine: packed encoder models from tokens to outputs, without a tape, on a CPU or an NVIDIA GPU.
 //!
-//! On a CPU its answers are the fake-quantised forward's bit for bit. On a GPU integer products are as exact, but hidden
-//! states are f16, and softmax and norms sum in another order, so that logits differ a little.
+//! On a CPU its answers are the fake-quantised forward's bit for bit, and on a GPU the CPU's where the outputs of maps are
+//! quantised, but for what README.md names.
 
 mod cpu;
 mod gpu;

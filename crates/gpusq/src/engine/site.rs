@@ -55,6 +55,12 @@ impl Site {
         self.maps.iter().all(|m| matches!(m.product, Product::Int8 { .. }))
     }
 
+    /// Step sizes of the outputs of the three maps that an attention begins with, if all are quantised.
+    pub(super) fn output_steps(&self) -> Option<[Tensor; 3]> {
+        let steps: Vec<Tensor> = self.maps.iter().filter_map(|m| m.output_scale.clone()).collect();
+        steps.try_into().ok()
+    }
+
     /// The maps' outputs for the input `x` `[rows, width]`, each f32 `[rows, out]`. `codes` are those of `x`
     /// if the site has a scale.
     pub(super) fn apply(&self, x: &Tensor, codes: &[i8]) -> Vec<Tensor> {

@@ -141,7 +141,10 @@ impl Joined {
     /// A map whose activated outputs are codes of `step`.
     pub(super) fn activated(self, gpu: Gpu, activation: Activation, step: f32) -> Map {
         let rows = self.weight.rows();
-        let store = Store::Codes { activation: Some(activation), step: Self::on(gpu, vec![step; rows]) };
+        let store = match self.pairs.as_deref() {
+            Some(&[(pair, _)]) => Store::table(gpu, activation, pair, step),
+            _ => Store::Codes { activation: Some(activation), step: Self::on(gpu, vec![step; rows]) },
+        };
         self.map(gpu, store)
     }
 

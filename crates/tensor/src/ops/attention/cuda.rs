@@ -4,7 +4,7 @@ use super::flash;
 use super::{Attention, Saved};
 use crate::cuda::{Arg, Gpu, Grid, Source, source};
 use crate::ops::dropout::Drop;
-use crate::{Device, Tensor};
+use crate::{DType, Device, Tensor};
 
 pub(crate) static SOURCE: Source = source!("attention");
 
@@ -68,7 +68,11 @@ pub(super) fn forward(
         k.memory().into(),
         v.memory().into(),
         mask.as_deref().map_or(Arg::Pointer(0), Arg::from),
+        // bf16 rounds by more than that.
+        i32::from(s.half.is_some() && q.dtype() == DType::F32).into(),
     ];
+    let steps = s.half.as_ref().filter(|_| q.dtype() == DType::F32).and_then(|h| h.steps.as_ref());
+    arguments.extend([0, 1, 2].map(|i| steps.map_or(Arg::Pointer(0), |s| s[i].memory().into())));
     arguments.extend(options(s, q.width(), drop));
     let rows = s.batch * s.heads * s.queries;
     gpu.launch(SOURCE.of(q.dtype()), "forward", grid(rows, q.width() / s.heads), &arguments);

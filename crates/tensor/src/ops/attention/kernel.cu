@@ -5,7 +5,7 @@
     long long queries, long long keys, long long heads, long long kv_heads, long long width, float scale,        \
         int causal, int keep, int of, u64 drop_key, u32 drop_below, float drop_factor
 
-// Whether element j of a row of nonnegative values is among the `keep` largest of its group, ties to the lower index.
+// Whether element j of a row is among the `keep` largest of its group, ties to the lower index.
 __device__ inline bool survives(const float *p, long long j, long long n, int keep, int of) {
     long long first = j / of * of, last = first + of < n ? first + of : n;
     int better = 0;
@@ -13,35 +13,57 @@ __device__ inline bool survives(const float *p, long long j, long long n, int ke
     return better < keep;
 }
 
-// Pattern and dropout on the row p; `index` counts the row's first element over the whole tensor.
-__device__ inline void thin_row(float *thinned, const float *p, long long keys, u32 index, int keep, int of,
-                                u64 drop_key, u32 drop_below, float drop_factor) {
+// Weights of the row p, of which those that the pattern drops are negative, after dropout; `index` counts the row's first
+// element over the whole tensor.
+__device__ inline void thin_row(float *thinned, const float *p, long long keys, u32 index, u64 drop_key, u32 drop_below,
+                                float drop_factor) {
     for (long long j = threadIdx.x; j < keys; j += blockDim.x) {
-        float v = !of || survives(p, j, keys, keep, of) ? p[j] : 0.0f;
+        float v = p[j] < 0.0f ? 0.0f : p[j];
         if (drop_below) v *= random_bits(drop_key, index + (u32)j) < drop_below ? 0.0f : drop_factor;
         thinned[j] = v;
     }
 }
 
+// How an operand is read: as it is, rounded to f16, or as the code that it is a multiple of the step size by.
+struct Read {
+    bool half;
+    float inverse;
+    __device__ float operator()(float x) const {
+        return !half ? x : inverse != 0.0f ? rintf(x * inverse) : (float)f16(x);
+    }
+};
+
 // out[c] = factor * sum over rows of weight[row] * x[row * stride + c], c < width.
 __device__ inline void combine(T *out, const float *weight, const T *x, long long rows, long long stride,
-                               long long width, float factor) {
+                               long long width, float factor, Read read = {}) {
     for (long long c = threadIdx.x; c < width; c += blockDim.x) {
         float sum = 0;
-        for (long long r = 0; r < rows; r++) sum += weight[r] * (float)x[r * stride + c];
+        for (long long r = 0; r < rows; r++) sum += weight[r] * read(x[r * stride + c]);
         out[c] = sum * factor;
     }
 }
 
-__device__ inline float dot(const float *a, const T *b, long long n) {
+__device__ inline float dot(const float *a, const T *b, long long n, Read read = {}) {
     float sum = 0;
-    for (long long c = 0; c < n; c++) sum += a[c] * (float)b[c];
+    for (long long c = 0; c < n; c++) sum += a[c] * read(b[c]);
     return sum;
 }
 
-// Block (batch, head, query). `thinned` is null where neither pattern nor dropout changes the softmax.
-extern "C" __global__ void forward(T *out, float *softmax, float *thinned, const T *q, const T *k,
-                                   const T *v, const u8 *mask, OPTIONS) {
+// As in cpu.rs.
+constexpr float GRID = 49152.0f, SCALE = 13.0f, ONES = 0.75f, ROOM = 28.0f, LARGEST = 16384.0f;
+constexpr int TILE = 64;
+
+// As `score_unit` in mod.rs.
+__device__ inline float score_unit(float scale, float q, float k) {
+    double unit = (double)scale * (double)q * (double)k * 1.4426950408889634;
+    return (float)(rint(unit * 1073741824.0) / 1073741824.0);
+}
+
+// Block (batch, head, query). `thinned` is null where neither pattern nor dropout changes the softmax. `half`: as the engine
+// rounds; the steps are null where queries, keys and values are no codes.
+extern "C" __global__ void forward(T *out, float *softmax, float *thinned, const T *q, const T *k, const T *v,
+                                   const u8 *mask, int half, const float *q_step, const float *k_step,
+                                   const float *v_step, OPTIONS) {
     extern __shared__ float query[];
     long long i = blockIdx.x % queries, bh = blockIdx.x / queries, h = bh % heads, b = bh / heads;
     long long stride = kv_heads * width, at_k = b * keys * stride + h / (heads / kv_heads) * width;
@@ -52,34 +74,77 @@ extern "C" __global__ void forward(T *out, float *softmax, float *thinned, const
         seen = i + 1 + keys - queries;
         seen = seen < 0 ? 0 : seen < keys ? seen : keys;
     }
-    for (long long c = threadIdx.x; c < width; c += blockDim.x) query[c] = q[at_q + c];
+    bool codes = q_step;
+    float grid = codes ? GRID : 0.0f;
+    float unit = half ? score_unit(scale, q_step ? *q_step : 1.0f, q_step ? *k_step : 1.0f) : scale;
+    Read of_q{half != 0, q_step ? 1.0f / *q_step : 0.0f}, of_k{half != 0, q_step ? 1.0f / *k_step : 0.0f};
+    for (long long c = threadIdx.x; c < width; c += blockDim.x) query[c] = of_q(q[at_q + c]);
     __syncthreads();
     const float none = __int_as_float(0xFF800000);
     float most = none;
     for (long long j = threadIdx.x; j < keys; j += blockDim.x) {
         float score = none;
-        if (j < seen && !(mask && !mask[b * keys + j])) score = scale * dot(query, k + at_k + j * stride, width);
+        if (j < seen && !(mask && !mask[b * keys + j])) {
+            score = dot(query, k + at_k + j * stride, width, of_k);
+            if (!half) score *= unit;
+        }
         p[j] = score;
         most = fmaxf(most, score);
     }
     most = block_max(most);
-    float sum = 0;
-    for (long long j = threadIdx.x; j < keys; j += blockDim.x) {
+    if (thinned) thinned += (bh * queries + i) * keys;
+    if (of) {
+        __syncthreads();
+        for (long long j = threadIdx.x; j < keys; j += blockDim.x)
+            thinned[j] = survives(p, j, keys, keep, of) ? 1.0f : -1.0f;
+        __syncthreads();
+    }
+    float sum = 0, base = none;
+    bool huge = false;
+    for (long long t = 0; half && t < keys; t += TILE) {
+        long long end = min(t + TILE, keys);
+        float top = none;
+        for (long long j = t + threadIdx.x; j < end; j += blockDim.x) top = fmaxf(top, p[j]);
+        top = block_max(top);
+        float bits = top * unit;
+        if (top > none && (huge ? top > base : bits >= base + (codes ? ROOM : 0.0f))) {
+            bool large = fabsf(bits) >= LARGEST;
+            float next = large ? top : ceilf(bits);
+            float shrink = exp2f(huge && large ? (base - next) * unit : (huge ? base * unit : base) - (large ? bits : next));
+            base = next;
+            huge = large;
+            sum *= shrink;
+            for (long long j = threadIdx.x; j < t; j += blockDim.x) p[j] *= shrink;
+        }
+        float part = 0;
+        for (long long j = t + threadIdx.x; j < end; j += blockDim.x) {
+            float bits = huge ? __fadd_rn(__fmul_rn(p[j] - base, unit), grid) : __fmaf_rn(p[j], unit, grid - base);
+            float e = base == none ? 0.0f : exp2f(bits - (codes ? grid + SCALE : 0.0f));
+            p[j] = (float)f16(e);
+            part += !codes ? e : of ? e + ONES - ONES : p[j];
+        }
+        sum += block_sum(part);
+    }
+    for (long long j = threadIdx.x; !half && j < keys; j += blockDim.x) {
         // A query without a key to attend to gets zeros.
         float e = most == none ? 0.0f : expf(p[j] - most);
         p[j] = e;
         sum += e;
     }
-    sum = block_sum(sum);
+    if (!half) sum = block_sum(sum);
+    __syncthreads();
     float inverse = most == none ? 0.0f : 1.0f / sum;
-    for (long long j = threadIdx.x; j < keys; j += blockDim.x) p[j] *= inverse;
+    for (long long j = threadIdx.x; j < keys; j += blockDim.x) p[j] *= (half ? 1.0f : inverse) * (of ? thinned[j] : 1.0f);
     __syncthreads();
     if (thinned) {
-        thinned += (bh * queries + i) * keys;
-        thin_row(thinned, p, keys, (u32)((bh * queries + i) * keys), keep, of, drop_key, drop_below, drop_factor);
+        thin_row(thinned, p, keys, (u32)((bh * queries + i) * keys), drop_key, drop_below, drop_factor);
         __syncthreads();
     }
-    combine(out + at_q, thinned ? thinned : p, v + at_k, keys, stride, width, 1.0f);
+    Read of_v{half != 0, q_step ? 1.0f / *v_step : 0.0f};
+    float value = !half ? 1.0f : most == none ? 0.0f : (q_step ? *v_step : 1.0f) / sum;
+    combine(out + at_q, thinned ? thinned : p, v + at_k, keys, stride, width, value, of_v);
+    __syncthreads();
+    for (long long j = threadIdx.x; half && j < keys; j += blockDim.x) p[j] *= inverse;
 }
 
 // Block (batch, head, query): the scores' gradient, and from it the query's.
@@ -94,7 +159,7 @@ extern "C" __global__ void backward_queries(T *dq, float *dscores, float *thinne
     for (long long c = threadIdx.x; c < width; c += blockDim.x) row_grad[c] = grad[at_q + c];
     if (thinned) {
         thinned += at;
-        thin_row(thinned, p, keys, (u32)at, keep, of, drop_key, drop_below, drop_factor);
+        thin_row(thinned, p, keys, (u32)at, drop_key, drop_below, drop_factor);
     }
     __syncthreads();
     float along = 0;
@@ -103,10 +168,10 @@ extern "C" __global__ void backward_queries(T *dq, float *dscores, float *thinne
         // A kept probability of exactly 0 has no gradient through the softmax either way.
         if (thinned) d = thinned[j] != 0.0f ? d * drop_factor : 0.0f;
         ds[j] = d;
-        along += p[j] * d;
+        along += fabsf(p[j]) * d;
     }
     along = block_sum(along);
-    for (long long j = threadIdx.x; j < keys; j += blockDim.x) ds[j] = p[j] * (ds[j] - along);
+    for (long long j = threadIdx.x; j < keys; j += blockDim.x) ds[j] = fabsf(p[j]) * (ds[j] - along);
     __syncthreads();
     combine(dq + at_q, ds, k + at_k, keys, stride, width, scale);
 }

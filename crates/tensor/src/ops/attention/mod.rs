@@ -41,11 +41,40 @@ pub struct Attention {
     pub pattern: Option<(usize, usize)>,
     /// Probability that an attention weight is dropped in training.
     pub dropout: f32,
+    /// Whether, and of what, it computes as the engine's kernels do; `None` for plain f32.
+    pub half: Option<Half>,
+}
+
+/// How a quantised model's attention rounds, so that whatever computes it gives the same codes. Scores are taken in bits, as
+/// powers of 2, and rounded to multiples of 1/256. Their powers are divided by a base, so that they come to 2^-13 or less,
+/// and rounded to f16, which holds such weights in units of 2^-24: sums of weights, and of weights times codes, are whole
+/// numbers of units, exact in f32 in any order as long as they are below 2^24. The base is a whole number of bits not below
+/// the highest score of the first 64 keys. Weights above 2^-13, of later keys, have an f16's precision, and so has what they
+/// add to the sum of weights, but under a pattern, which has that of weights before they are f16; only a score 28 bits
+/// or more above the base raises it. (Scores beyond 2^14 bits, which no model has, are taken from the highest instead of a
+/// whole number.) What is computed in bf16 rounds by that instead.
+#[derive(Clone, Debug)]
+pub struct Half {
+    /// Step sizes of queries, keys and values that are multiples of codes by them, each one f32. Without them the three, and
+    /// weights of 1 and less, are rounded to f16 alone, and products summed in f32.
+    pub steps: Option<[Tensor; 3]>,
+}
+
+/// Keys that share a base, and the bits above it that raise it.
+pub(crate) const TILE: usize = 64;
+pub(crate) const ROOM: f32 = 28.0;
+
+/// A score in bits, if it is the product of a query and a key in units of `q` and `k`. A multiple of 2^-30, so that
+/// kernels may add whole numbers to a score before they multiply.
+pub(crate) fn score_unit(scale: f32, q: f32, k: f32) -> f32 {
+    let unit = f64::from(scale) * f64::from(q) * f64::from(k) * std::f64::consts::LOG2_E;
+    let grid = (1u64 << 30) as f64;
+    ((unit * grid).round_ties_even() / grid) as f32
 }
 
 /// What backward needs.
 enum Saved {
-    /// The full softmax, f32 `[batch, heads, queries, keys]`.
+    /// The full softmax, f32 `[batch, heads, queries, keys]`; weights that the pattern drops are negative.
     Softmax(Tensor),
     /// What it can be computed again from, and the output.
     Flash(flash::Kept, Tensor),
@@ -181,6 +210,7 @@ mod tests {
             key_mask: None,
             pattern: None,
             dropout: 0.0,
+            half: None,
         }
     }
 
@@ -294,6 +324,78 @@ mod tests {
             let v = tape.constant(Tensor::from_f32(eye.clone(), &[8, 8]).to(device));
             let out = attention(&tape, &q, &k, &v, &s).value().to(Device::Cpu);
             assert_eq!(out.f32(), [0.125, 0.125, 0.0, 0.0, 0.125, 0.125, 0.0, 0.0]);
+        }
+    }
+
+    /// Queries, keys and values of whole numbers times the steps.
+    fn of_codes(s: &mut Attention, d: usize) -> [Tensor; 3] {
+        let steps = [0.043, 0.037, 0.01];
+        s.half = Some(Half { steps: Some(steps.map(Tensor::scalar)) });
+        let codes = |rows: usize, heads: usize, step: f32, seed| {
+            let t = noise(&[rows, heads * d], seed);
+            Tensor::from_f32(t.f32().iter().map(|v| (v * 90.0).round() * step).collect(), t.shape())
+        };
+        let (q, k) = (s.batch * s.queries, s.batch * s.keys);
+        [codes(q, s.heads, steps[0], 1), codes(k, s.kv_heads, steps[1], 2), codes(k, s.kv_heads, steps[2], 3)]
+    }
+
+    /// As the engine rounds it is still attention, on every device the same to f32's last bits, keys of equal scores
+    /// included.
+    #[test]
+    fn half_weights_are_close_and_alike_everywhere() {
+        for pattern in [None, Some((2, 4)), Some((1, 8))] {
+            for codes in [true, false] {
+                let mut s = spec(2, 21, 70, 4);
+                (s.kv_heads, s.pattern, s.scale) = (2, pattern, 0.01);
+                s.key_mask = Some((0..140).map(|i| i % 70 < 63).collect::<Vec<bool>>().into());
+                let x = of_codes(&mut s, 32);
+                if !codes {
+                    s.half = Some(Half { steps: None });
+                }
+                let plain = Attention { half: None, ..s.clone() };
+                let on = |device: Device, s: &Attention| {
+                    let mut s = s.clone();
+                    if let Some(Half { steps: Some(steps) }) = &mut s.half {
+                        *steps = steps.each_ref().map(|t| t.to(device));
+                    }
+                    let [q, k, v] = x.each_ref().map(|t| t.to(device));
+                    apply(&q, &k, &v, &s).to(Device::Cpu).f32().to_vec()
+                };
+                let want = on(Device::Cpu, &s);
+                let exact: Vec<f64> = on(Device::Cpu, &plain).iter().map(|&x| x as f64).collect();
+                // Where a pattern chooses between scores that f32 told apart by rounding alone, it may differ.
+                if pattern.is_none() {
+                    close("plain", &want, &exact, 5e-3);
+                }
+                let want: Vec<f64> = want.iter().map(|&x| x as f64).collect();
+                for device in devices() {
+                    // A weight of halves may fall on the other side of a tie.
+                    let far = if codes { 1e-6 } else { 1e-3 };
+                    close(&format!("{device:?}, {pattern:?}, codes {codes}"), &on(device, &s), &want, far);
+                }
+            }
+        }
+    }
+
+    /// What stands behind a sequence changes none of its bits.
+    #[test]
+    fn padding_changes_nothing() {
+        for pattern in [None, Some((2, 4))] {
+            let mut s = spec(1, 37, 37, 2);
+            s.pattern = pattern;
+            let [q, k, v] = of_codes(&mut s, 32);
+            let want = apply(&q, &k, &v, &s);
+            for padded in [38, 48, 64, 150, 384] {
+                let longer = |t: &Tensor| {
+                    let mut values = t.f32().to_vec();
+                    values.resize(padded * t.width(), 0.02);
+                    Tensor::from_f32(values, &[padded, t.width()])
+                };
+                let mask: Vec<bool> = (0..padded).map(|i| i < 37).collect();
+                let s = Attention { queries: padded, keys: padded, key_mask: Some(mask.into()), ..s.clone() };
+                let got = apply(&longer(&q), &longer(&k), &longer(&v), &s);
+                assert_eq!(got.f32()[..want.len()], *want.f32(), "{padded}, {pattern:?}");
+            }
         }
     }
 

@@ -2,7 +2,7 @@ use rayon::prelude::*;
 
 use super::Saved;
 use crate::Tensor;
-use crate::cpu::{fold_rows, simd};
+use crate::cpu::{fold_rows, half as to_half, simd};
 
 /// Sum in sixteen lanes: vectorises, and is more accurate than one running sum.
 #[inline(always)]
@@ -18,12 +18,34 @@ pub(crate) fn lane_sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     lanes.iter().sum::<f32>() + tail
 }
 
+/// Sum of a row in an order that a GPU's warp can take: of each eighth of 256 columns, over all 256s; of eight such in
+/// pairs; of the 32 that are left in halves (`norm_codes/kernel.cu`).
+#[inline(always)]
+fn row_sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
+    let mut columns = [0.0f32; 256];
+    for chunk in x.chunks(256) {
+        for (c, x) in columns.iter_mut().zip(chunk) {
+            *c += f(*x);
+        }
+    }
+    let mut lanes = [0.0f32; 32];
+    for (l, c) in lanes.iter_mut().zip(columns.chunks_exact(8)) {
+        *l = ((c[0] + c[1]) + (c[2] + c[3])) + ((c[4] + c[5]) + (c[6] + c[7]));
+    }
+    for half in [16, 8, 4, 2, 1] {
+        let (low, high) = lanes.split_at_mut(half);
+        low.iter_mut().zip(high).for_each(|(l, h)| *l += *h);
+    }
+    lanes[0]
+}
+
 pub(super) fn forward(
     x: &Tensor,
     residual: Option<&Tensor>,
     gain: &Tensor,
     bias: &Tensor,
     eps: f32,
+    half: bool,
     keep: bool,
 ) -> (Tensor, Option<Saved>) {
     let (rows, width) = (x.rows(), x.width());
@@ -33,9 +55,16 @@ pub(super) fn forward(
     let (xs, rs) = (x.f32(), residual.map(Tensor::f32));
     let (gain, bias) = (gain.f32(), bias.f32());
     let block = (8192 / width).max(1);
+    let inverse = 1.0 / width as f32;
     let row = |r: usize, y: &mut [f32], normal: Option<&mut [f32]>| -> f32 {
         let x = &xs[r * width..(r + 1) * width];
         match rs {
+            Some(rs) if half => {
+                for ((y, x), r) in y.iter_mut().zip(x).zip(&rs[r * width..]) {
+                    *y = to_half(*x) + to_half(*r);
+                }
+            }
+            None if half => y.iter_mut().zip(x).for_each(|(y, x)| *y = to_half(*x)),
             Some(rs) => {
                 for ((y, x), r) in y.iter_mut().zip(x).zip(&rs[r * width..]) {
                     *y = x + r;
@@ -43,8 +72,8 @@ pub(super) fn forward(
             }
             None => y.copy_from_slice(x),
         }
-        let mean = lane_sum(y, |v| v) / width as f32;
-        let var = lane_sum(y, |v| (v - mean) * (v - mean)) / width as f32;
+        let mean = row_sum(y, |v| v) * inverse;
+        let var = row_sum(y, |v| (v - mean) * (v - mean)) * inverse;
         let rstd = 1.0 / (var + eps).sqrt();
         for v in y.iter_mut() {
             *v = (*v - mean) * rstd;

@@ -15,6 +15,7 @@ pub(super) fn forward(
     gain: &Tensor,
     bias: &Tensor,
     eps: f32,
+    half: bool,
     keep: bool,
 ) -> (Tensor, Option<Saved>) {
     let (rows, width, device) = (x.rows(), x.width(), Device::Cuda(gpu));
@@ -39,6 +40,7 @@ pub(super) fn forward(
             rows.into(),
             width.into(),
             eps.into(),
+            i32::from(half && x.dtype() == DType::F32).into(),
         ],
     );
     (y, saved)

@@ -1,16 +1,18 @@
 // A warp for each row, eight rows a block. The row is read again for each pass; it stays in the cache.
 
-// The row's columns [c, c + count): of x, plus the residual where there is one.
-template <int COUNT> __device__ inline void sum_of(float *v, const T *x, const T *residual, long long c) {
+// The row's columns [c, c + count): of x, plus the residual where there is one; rounded to f16 first if `half`.
+template <int COUNT>
+__device__ inline void sum_of(float *v, const T *x, const T *residual, long long c, bool half = false) {
+    auto held = [&](float x) { return sizeof(T) == 4 && half ? (float)f16(x) : x; };
     if constexpr (COUNT == 1) {
-        *v = x[c];
-        if (residual) *v += (float)residual[c];
+        *v = held(x[c]);
+        if (residual) *v += held(residual[c]);
     } else {
         Pack a = *(const Pack *)(x + c);
-        for (int k = 0; k < PACK; k++) v[k] = a.v[k];
+        for (int k = 0; k < PACK; k++) v[k] = held(a.v[k]);
         if (!residual) return;
         Pack b = *(const Pack *)(residual + c);
-        for (int k = 0; k < PACK; k++) v[k] += (float)b.v[k];
+        for (int k = 0; k < PACK; k++) v[k] += held(b.v[k]);
     }
 }
 
@@ -25,20 +27,20 @@ template <int COUNT> __device__ inline void put(T *p, const float *v) {
 
 template <int COUNT>
 __device__ inline void forward_row(T *y, T *normal, float *rstd, const T *x, const T *residual, const float *gain,
-                                   const float *bias, long long width, float eps, int lane) {
+                                   const float *bias, long long width, float eps, bool half, int lane) {
     float sum = 0, v[COUNT];
     for (long long c = lane * COUNT; c < width; c += 32 * COUNT) {
-        sum_of<COUNT>(v, x, residual, c);
+        sum_of<COUNT>(v, x, residual, c, half);
         for (int k = 0; k < COUNT; k++) sum += v[k];
     }
     float mean = warp_sum(sum) / width, squares = 0;
     for (long long c = lane * COUNT; c < width; c += 32 * COUNT) {
-        sum_of<COUNT>(v, x, residual, c);
+        sum_of<COUNT>(v, x, residual, c, half);
         for (int k = 0; k < COUNT; k++) squares += (v[k] - mean) * (v[k] - mean);
     }
     float r = 1.0f / sqrtf(warp_sum(squares) / width + eps);
     for (long long c = lane * COUNT; c < width; c += 32 * COUNT) {
-        sum_of<COUNT>(v, x, residual, c);
+        sum_of<COUNT>(v, x, residual, c, half);
         for (int k = 0; k < COUNT; k++) v[k] = (v[k] - mean) * r;
         if (normal) put<COUNT>(normal + c, v);
         for (int k = 0; k < COUNT; k++) v[k] = v[k] * gain[c + k] + bias[c + k];
@@ -51,13 +53,13 @@ __device__ inline void forward_row(T *y, T *normal, float *rstd, const T *x, con
 constexpr int HELD = 1024 / (32 * PACK);
 
 __device__ inline void forward_held(T *y, T *normal, float *rstd, const T *x, const T *residual, const float *gain,
-                                    const float *bias, int width, float eps, int lane) {
+                                    const float *bias, int width, float eps, bool half, int lane) {
     float v[HELD][PACK], sum = 0;
 #pragma unroll
     for (int h = 0; h < HELD; h++) {
         int c = (h * 32 + lane) * PACK;
         if (c >= width) continue;
-        sum_of<PACK>(v[h], x, residual, c);
+        sum_of<PACK>(v[h], x, residual, c, half);
 #pragma unroll
         for (int k = 0; k < PACK; k++) sum += v[h][k];
     }
@@ -90,7 +92,7 @@ __device__ inline void forward_held(T *y, T *normal, float *rstd, const T *x, co
 
 // `normal` and `rstd` are null when no backward follows, `residual` when there is none.
 extern "C" __global__ void forward(T *y, T *normal, float *rstd, const T *x, const T *residual, const float *gain,
-                                   const float *bias, long long rows, long long width, float eps) {
+                                   const float *bias, long long rows, long long width, float eps, int half) {
     OWN_ROW;
     if (row >= rows) return;
     long long at = row * width;
@@ -98,9 +100,9 @@ extern "C" __global__ void forward(T *y, T *normal, float *rstd, const T *x, con
     const T *r = residual ? residual + at : residual;
     float *s = rstd ? rstd + row : rstd;
     if (width % PACK == 0 && width <= HELD * 32 * PACK)
-        forward_held(y + at, n, s, x + at, r, gain, bias, (int)width, eps, lane);
-    else if (width % PACK == 0) forward_row<PACK>(y + at, n, s, x + at, r, gain, bias, width, eps, lane);
-    else forward_row<1>(y + at, n, s, x + at, r, gain, bias, width, eps, lane);
+        forward_held(y + at, n, s, x + at, r, gain, bias, (int)width, eps, half, lane);
+    else if (width % PACK == 0) forward_row<PACK>(y + at, n, s, x + at, r, gain, bias, width, eps, half, lane);
+    else forward_row<1>(y + at, n, s, x + at, r, gain, bias, width, eps, half, lane);
 }
 
 // Of each row, for the second pass: the means of grad * gain and of grad * gain * normal.

@@ -17,11 +17,21 @@ struct Saved {
 }
 
 /// `(x + residual - mean) / sqrt(var + eps) * gain + bias`, mean and (biased) variance over each row.
-/// `gain` and `bias` are `[width]`.
-pub fn layer_norm(tape: &Tape, x: &Var, residual: Option<&Var>, gain: &Var, bias: &Var, eps: f32) -> Var {
+/// `gain` and `bias` are `[width]`. With `half` the summands are rounded to f16 first, as the engine holds them; the
+/// gradient passes straight through that. What is computed in bf16 rounds by that instead.
+pub fn layer_norm(
+    tape: &Tape,
+    x: &Var,
+    residual: Option<&Var>,
+    gain: &Var,
+    bias: &Var,
+    eps: f32,
+    half: bool,
+) -> Var {
     let inputs: Vec<&Var> = [x, gain, bias].into_iter().chain(residual).collect();
     let keep = tape.tracks(&inputs);
-    let (y, saved) = compute(x.value(), residual.map(Var::value), gain.value(), bias.value(), eps, keep);
+    let values = [gain, bias].map(Var::value);
+    let (y, saved) = compute(x.value(), residual.map(Var::value), values, eps, half, keep);
     let (x2, r2, g2, b2) = (x.clone(), residual.cloned(), gain.clone(), bias.clone());
     tape.push(y, &inputs, move |grad, grads| {
         let saved = saved.expect("kept when tracked");
@@ -50,22 +60,29 @@ pub fn layer_norm(tape: &Tape, x: &Var, residual: Option<&Var>, gain: &Var, bias
 }
 
 /// [`layer_norm`] without a tape.
-pub fn apply(x: &Tensor, residual: Option<&Tensor>, gain: &Tensor, bias: &Tensor, eps: f32) -> Tensor {
-    compute(x, residual, gain, bias, eps, false).0
-}
-
-fn compute(
+pub fn apply(
     x: &Tensor,
     residual: Option<&Tensor>,
     gain: &Tensor,
     bias: &Tensor,
     eps: f32,
+    half: bool,
+) -> Tensor {
+    compute(x, residual, [gain, bias], eps, half, false).0
+}
+
+fn compute(
+    x: &Tensor,
+    residual: Option<&Tensor>,
+    [gain, bias]: [&Tensor; 2],
+    eps: f32,
+    half: bool,
     keep: bool,
 ) -> (Tensor, Option<Saved>) {
     assert_eq!(x.width(), gain.len(), "layer_norm: {:?}, {:?}", x.shape(), gain.shape());
     match x.device() {
-        Device::Cpu => cpu::forward(x, residual, gain, bias, eps, keep),
-        Device::Cuda(gpu) => cuda::forward(gpu, x, residual, gain, bias, eps, keep),
+        Device::Cpu => cpu::forward(x, residual, gain, bias, eps, half, keep),
+        Device::Cuda(gpu) => cuda::forward(gpu, x, residual, gain, bias, eps, half, keep),
     }
 }
 
@@ -100,18 +117,18 @@ mod tests {
                 [noise(&[4, width], 1), noise(&[width], 2), noise(&[width], 3), noise(&[4, width], 4)];
             check(
                 &inputs,
-                |t, v| layer_norm(t, &v[0], Some(&v[3]), &v[1], &v[2], 1e-5),
+                |t, v| layer_norm(t, &v[0], Some(&v[3]), &v[1], &v[2], 1e-5, false),
                 |x| reference(x, 1e-5f32 as f64),
             );
             check_bf16(
                 &inputs,
                 &[0, 3],
-                |t, v| layer_norm(t, &v[0], Some(&v[3]), &v[1], &v[2], 1e-5),
+                |t, v| layer_norm(t, &v[0], Some(&v[3]), &v[1], &v[2], 1e-5, false),
                 |x| reference(x, 1e-5f32 as f64),
             );
             check(
                 &inputs[..3],
-                |t, v| layer_norm(t, &v[0], None, &v[1], &v[2], 1e-5),
+                |t, v| layer_norm(t, &v[0], None, &v[1], &v[2], 1e-5, false),
                 |x| reference(x, 1e-5f32 as f64),
             );
         }
@@ -133,7 +150,7 @@ mod tests {
                     let (x, w) = (tape.leaf(x), tape.leaf(w));
                     let [before, gain, bias] = vectors.each_ref().map(|t| tape.leaf(t.to(device)));
                     let y = linear(&tape, &x, &w, Some(&before));
-                    let y = layer_norm(&tape, &y, None, &gain, &bias, 1e-5);
+                    let y = layer_norm(&tape, &y, None, &gain, &bias, 1e-5, false);
                     let loss = dot(&tape, &y, &weights);
                     let mut grads = tape.backward(&loss);
                     [&w, &before, &gain, &bias].map(|v| grads.take(v).unwrap().to(Device::Cpu).to_f32())

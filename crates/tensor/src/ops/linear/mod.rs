@@ -282,7 +282,7 @@ mod tests {
                     (leaf(&[300, 8], 1), leaf(&[8, 8], 2), leaf(&[8], 4), leaf(&[8], 3));
                 let second = if shared { first.clone() } else { leaf(&[8], 3) };
                 let y = linear(&tape, &x, &w, Some(&first));
-                let y = layer_norm::layer_norm(&tape, &y, None, &gain, &second, 1e-5);
+                let y = layer_norm::layer_norm(&tape, &y, None, &gain, &second, 1e-5, false);
                 let y = linear(&tape, &y, &w, Some(&second));
                 let loss = super::super::weighted_sum::dot(&tape, &y, &noise(&[300, 8], 5));
                 let mut grads = tape.backward(&loss);

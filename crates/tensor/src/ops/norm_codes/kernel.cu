@@ -58,8 +58,8 @@ struct Embedded {
 #pragma unroll
             for (int k = 0; k < 4; k++) {
                 float2 x = floats_of_pair(xs[k]);
-                v[2 * k] = t ? v[2 * k] + x.x : x.x * scale;
-                v[2 * k + 1] = t ? v[2 * k + 1] + x.y : x.y * scale;
+                v[2 * k] = t ? v[2 * k] + x.x : __fmul_rn(x.x, scale);
+                v[2 * k + 1] = t ? v[2 * k + 1] + x.y : __fmul_rn(x.y, scale);
             }
         }
     }
@@ -91,6 +91,12 @@ __device__ inline void write(const Output &out, const Step &step, const float *v
 __device__ inline int column(int h) { return (h * 32 + (int)threadIdx.x % 32) * 8; }
 __device__ inline bool in(int h) { return CHUNKS % 32 == 0 || column(h) < WIDTH; }
 
+// The sum of a row of which a lane has `part` in its eight columns of all chunks: the order of layer_norm/cpu.rs.
+__device__ inline float row_sum(const float *part) {
+    return warp_sum(((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7])));
+}
+
+// Sums, products and roots are rounded one by one, in the CPU's order, so that codes are the CPU's.
 // A warp's rows, one after the other: `from` says where a row comes from.
 template <class From, class Of>
 __device__ inline void held(Of from, const Normal &norm, const Output &out, int rows) {
@@ -115,7 +121,7 @@ __device__ inline void held(Of from, const Normal &norm, const Output &out, int 
             if (in(h)) f.fetch(raw[h], column(h));
     }
     for (; row < rows; row += next) {
-        float v[HELD][8], sum = 0.0f, squares = 0.0f;
+        float v[HELD][8], part[8] = {};
         From f = from(min(row + next, rows - 1));
 #pragma unroll
         for (int h = 0; h < HELD; h++) {
@@ -127,25 +133,28 @@ __device__ inline void held(Of from, const Normal &norm, const Output &out, int 
         for (int h = 0; h < HELD; h++)
             if (in(h))
 #pragma unroll
-                for (int k = 0; k < 8; k++) sum += v[h][k];
-        float mean = NORM == LAYER ? warp_sum(sum) * (1.0f / WIDTH) : 0.0f, r = 1.0f;
+                for (int k = 0; k < 8; k++) part[k] += v[h][k];
+        float mean = NORM == LAYER ? __fmul_rn(row_sum(part), 1.0f / WIDTH) : 0.0f, r = 1.0f;
         if (NORM != NONE) {
+#pragma unroll
+            for (int k = 0; k < 8; k++) part[k] = 0.0f;
 #pragma unroll
             for (int h = 0; h < HELD; h++)
                 if (in(h))
 #pragma unroll
                     for (int k = 0; k < 8; k++) {
                         v[h][k] -= mean;
-                        squares += v[h][k] * v[h][k];
+                        part[k] = __fadd_rn(part[k], __fmul_rn(v[h][k], v[h][k]));
                     }
-            r = 1.0f / sqrtf(warp_sum(squares) * (1.0f / WIDTH) + norm.eps);
+            r = 1.0f / sqrtf(__fadd_rn(__fmul_rn(row_sum(part), 1.0f / WIDTH), norm.eps));
         }
 #pragma unroll
         for (int h = 0; h < HELD; h++) {
             if (!in(h)) continue;
 #pragma unroll
             for (int k = 0; k < 8; k++)
-                if (NORM != NONE) v[h][k] = v[h][k] * r * gain[h][k] + (NORM == LAYER ? bias[h][k] : 0.0f);
+                if (NORM != NONE)
+                    v[h][k] = __fadd_rn(__fmul_rn(__fmul_rn(v[h][k], r), gain[h][k]), NORM == LAYER ? bias[h][k] : 0.0f);
             write(out, step, v[h], (long long)row * WIDTH + column(h));
         }
     }

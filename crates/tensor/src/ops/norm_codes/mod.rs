@@ -186,6 +186,37 @@ mod tests {
         }
     }
 
+    /// Widths of models: bits of the CPU's norm of the same halves, whose codes are then equal too.
+    #[test]
+    fn rows_are_the_cpus() {
+        for gpu in devices().into_iter().filter(|d| *d != Device::Cpu) {
+            for (rows, width) in [(300, 768), (37, 1024), (90, 384), (21, 24), (5, 8)] {
+                let (gain, bias) = (noise(&[width], 3), noise(&[width], 4));
+                let (x, r) = (noise(&[rows, width], 1).to_f16(), noise(&[rows, width], 2).to_f16());
+                let want = super::super::layer_norm::apply(
+                    &x.to_f32(),
+                    Some(&r.to_f32()),
+                    &gain,
+                    &bias,
+                    1e-12,
+                    true,
+                );
+                let step = 0.021;
+                let mut codes = vec![0; want.len()];
+                super::super::int8_linear::quantize(want.f32(), step, &mut codes);
+                let moved = [gain.to(gpu), bias.to(gpu)];
+                let norm = Norm::Layer { gain: &moved[0], bias: &moved[1], eps: 1e-12 };
+                let to = Tensor::from_i8(vec![99; rows * width], &[rows, width]).to(gpu);
+                let hidden = x.to(gpu);
+                let out = Out { hidden: Some(&hidden), codes: Some(Codes { to: &to, step }) };
+                add_norm(&hidden, Some(&r.to(gpu)), norm, out);
+                assert!(hidden.to(Device::Cpu).f16() == want.to_f16().f16(), "{rows}x{width}");
+                assert!(to.to(Device::Cpu).i8() == codes, "{rows}x{width}");
+            }
+            gpu.check().unwrap();
+        }
+    }
+
     #[test]
     fn embeddings_match_f64_and_wrong_ids_read_no_other_memory() {
         for gpu in devices().into_iter().filter(|d| *d != Device::Cpu) {

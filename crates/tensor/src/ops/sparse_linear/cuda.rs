@@ -259,9 +259,11 @@ fn options(
     e: &Epilogue,
 ) -> Vec<(&'static str, usize)> {
     let (store, act) = match &e.store {
-        Store::Accumulators => (0, None),
-        Store::Half => (1, None),
-        Store::Codes { activation, .. } => (2, *activation),
+        Store::Accumulators => (0, 0),
+        Store::Half => (1, 0),
+        Store::Codes { activation, .. } => (2, activation::number(*activation)),
+        // After the functions, in epilogue.cuh.
+        Store::Table(_) => (2, 6),
     };
     vec![
         ("ALIGNED", aligned(e).into()),
@@ -271,7 +273,7 @@ fn options(
         ("SPLIT", split),
         ("RESIDENT", resident.into()),
         ("STORE", store),
-        ("ACT", activation::number(act)),
+        ("ACT", act),
         ("BIAS", e.bias.is_some().into()),
         ("PAIR", e.output_step.is_some().into()),
     ]
@@ -326,7 +328,8 @@ pub(super) fn launch(kernel: &Kernel, x: &Tensor, w: &Weight, e: &Epilogue, out:
     let optional = |t: Option<&Tensor>| t.map_or(Arg::Pointer(0), |t| t.memory().into());
     let step = match &e.store {
         Store::Codes { step, .. } => Some(step),
-        _ => None,
+        Store::Table(codes) => Some(codes),
+        Store::Accumulators | Store::Half => None,
     };
     let (name, first, blocks, threads): (_, Vec<Arg>, _, _) = match kernel.0 {
         Form::Mma { tokens: tile } => {
@@ -341,7 +344,7 @@ pub(super) fn launch(kernel: &Kernel, x: &Tensor, w: &Weight, e: &Epilogue, out:
             let clusters = if k.split > 1 { tiles } else { tiles.min(slots.max(k.tiles(shape.rows, 1))) };
             let from = TensorMap::boxes(x.memory(), tokens, shape.cols, (k.tokens / k.cluster, COLS));
             let to = match e.store {
-                Store::Half | Store::Codes { .. } if aligned(e) => {
+                Store::Half | Store::Codes { .. } | Store::Table(_) if aligned(e) => {
                     let size = e.store.dtype().size();
                     TensorMap::boxes(out.memory(), tokens, shape.rows * size, (k.at_once(), 64 * size))
                 }
@@ -386,6 +389,7 @@ pub(crate) fn variants() -> (Vec<Variant>, Vec<Variant>) {
         epilogue(Store::Accumulators, false),
         epilogue(Store::Half, true),
         epilogue(codes(None), true),
+        epilogue(Store::Table(ones.clone()), true),
         epilogue(codes(Some(activation::Activation::Gelu)), true),
         epilogue(codes(Some(activation::Activation::Silu)), false),
     ];

@@ -4,17 +4,16 @@
 // 2t + 1 of rows g and g + 8. Weights are packed (mod.rs) so that row g is feature 2g and row g + 8 is feature 2g + 1:
 // a lane owns two neighbouring features of each token, a word of the transposed output.
 
-// x Phi(x) = x (1 + tanh(x (A + B x^2 + C x^4))) / 2 to 2.6e-5, fitted over 0 to 6.
-constexpr float GELU_A = 0.7975061f, GELU_B = 0.03700711f, GELU_C = -0.00035175096f;
-
 enum { ACCUMULATORS, HALF, CODES };
-// As `activation::number` counts them.
-enum { NONE, GELU, GELU_TANH, RELU, SILU, TANH };
+// As `activation::number` counts them; TABLE: the code that stands in `table` for that of the output pair.
+enum { NONE, GELU, GELU_TANH, RELU, SILU, TANH, TABLE };
 
 struct Epilogue {
     const float *scale, *bias, *pair, *step;
     void *out;
     int tokens, rows, cols;
+    // Of 256 codes in shared memory.
+    u32 table;
 };
 
 // Parameters of a kernel that make an Epilogue.
@@ -24,28 +23,32 @@ struct Epilogue {
 
 constexpr int OUT_BYTES = STORE == ACCUMULATORS ? 4 : STORE == HALF ? 2 : 1;
 
-// Activations by the hardware's tanh.
-constexpr bool SMOOTH = ACT != NONE && ACT != RELU;
-
 // The factors of one feature.
 struct Feature {
     float scale, bias, pair, pair_inverse, step, step_inverse;
-    // Of what activations read, where that is not exact in any case: (acc * scale + bias) / pair in one operation, as a
-    // part of -QMAX..QMAX if there is a pair; the activation's last factor and the code's.
-    float fused_scale, fused_bias, gain;
+    // Of 256 codes in shared memory.
+    u32 table;
 };
+
+// Before the block's first barrier: the table of codes, which `codes` points to, in shared memory.
+__device__ inline u32 fetch_table(const void *codes) {
+    if constexpr (ACT != TABLE) return 0;
+    __shared__ u32 table[64];
+    if (threadIdx.x < 64) table[threadIdx.x] = ((const u32 *)codes)[threadIdx.x];
+    u32 at;
+    asm("{ .reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t; }" : "=r"(at) : "l"(table));
+    return at;
+}
 
 __device__ inline Feature feature(const Epilogue &e, int row) {
     Feature f = {};
     f.pair = f.pair_inverse = f.step = f.step_inverse = 1.0f;
+    f.table = e.table;
     if (STORE == ACCUMULATORS || row >= e.rows) return f;
     f.scale = e.scale[row];
     if (BIAS) f.bias = e.bias[row];
     if (PAIR) f.pair = e.pair[row], f.pair_inverse = __frcp_rn(f.pair);
-    if (STORE == CODES) f.step = e.step[row], f.step_inverse = __frcp_rn(f.step);
-    f.fused_scale = f.scale * f.pair_inverse, f.fused_bias = f.bias * f.pair_inverse;
-    if (PAIR) f.fused_scale /= 2 * QMAX, f.fused_bias = f.fused_bias / (2 * QMAX) + 0.5f;
-    f.gain = ACT == TANH ? f.step_inverse : 0.5f * f.pair * f.step_inverse;
+    if (STORE == CODES && ACT != TABLE) f.step = e.step[row], f.step_inverse = __frcp_rn(f.step);
     return f;
 }
 
@@ -56,60 +59,54 @@ __device__ inline float quotient(float x, float s, float inverse) {
     return __fmaf_rn(__fmaf_rn(-q, s, x), inverse, q);
 }
 
-// Adding 1.5 * 2^23 leaves no fraction in a float.
+// Rounded half to even and clamped to the codes; the last bits are those of the whole number. Adding 1.5 * 2^23 leaves no
+// fraction in a float.
 constexpr float WHOLE = 12582912.0f;
+__device__ inline float rounded(float q) { return __fadd_rn(fminf(fmaxf(q, -QMAX), QMAX), WHOLE); }
 
-// Rounded half to even and clamped to the codes.
-__device__ inline float rounded(float q) {
-    return __fsub_rn(__fadd_rn(fminf(fmaxf(q, -QMAX), QMAX), WHOLE), WHOLE);
+// acc * scale + bias, each operation rounded by itself.
+__device__ inline float sum(int acc, const Feature &f) {
+    float y = __fmul_rn((float)acc, f.scale);
+    return BIAS ? __fadd_rn(y, f.bias) : y;
 }
 
 // The map's value, after its output pair.
 __device__ inline float value(int acc, const Feature &f) {
-    float y = __fmul_rn((float)acc, f.scale);
-    if (BIAS) y = __fadd_rn(y, f.bias);
-    if (PAIR) y = __fmul_rn(rounded(quotient(y, f.pair, f.pair_inverse)), f.pair);
-    return ACT == RELU ? fmaxf(y, 0.0f) : y;
+    float y = sum(acc, f);
+    if (PAIR) y = __fmul_rn(__fsub_rn(rounded(quotient(y, f.pair, f.pair_inverse)), WHOLE), f.pair);
+    return y;
+}
+
+// 1 / (1 + e^-x), to 2e-7.
+__device__ inline float sigmoid(float x) {
+    float e, r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * -1.44269504f));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(1.0f + e));
+    return r;
+}
+
+// In f32, to a few units of 1e-7: codes are the exact ones but next to ties.
+__device__ inline float activated(float x) {
+    if (ACT == RELU) return fmaxf(x, 0.0f);
+    if (ACT == SILU) return x * sigmoid(x);
+    if (ACT == TANH) return fmaf(2.0f, sigmoid(2.0f * x), -1.0f);
+    if (ACT == GELU_TANH) return x * sigmoid(1.5957691f * fmaf(0.044715f * x * x, x, x));
+    if (ACT == GELU) {
+        // Phi's tail within 1.5e-7 (Abramowitz and Stegun 1964, 7.1.26).
+        float z = fabsf(x) * 0.70710678f, t, e;
+        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(t) : "f"(fmaf(0.3275911f, z, 1.0f)));
+        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(-1.44269504f * z * z));
+        float p = fmaf(t, fmaf(t, fmaf(t, fmaf(t, 1.061405429f, -1.453152027f), 1.421413741f), -0.284496736f), 0.254829592f);
+        float tail = 0.5f * e * t * p;
+        return x * (x < 0.0f ? tail : 1.0f - tail);
+    }
+    return x;
 }
 
 __device__ inline u32 halves(float low, float high) {
     u32 h;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(h) : "f"(high), "f"(low));
     return h;
-}
-
-__device__ inline u32 multiply2(u32 a, u32 b) {
-    u32 r;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-    return r;
-}
-
-__device__ inline u32 multiply_add2(u32 a, u32 b, u32 c) {
-    u32 r;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
-    return r;
-}
-
-// Two of a constant.
-__device__ inline u32 both(float v) { return halves(v, v); }
-
-// tanh of what the activation asks for, of two values in f16: GELU, SiLU are x (1 + tanh u) / 2.
-__device__ inline u32 tanh2(u32 x) {
-    u32 u = x;
-    if (ACT == GELU) {
-        u32 s = multiply2(x, x);
-        // Beyond, tanh is 1 and the polynomial wrong.
-        asm("min.f16x2 %0, %0, %1;" : "+r"(s) : "r"(both(50.0f)));
-        u = multiply2(x, multiply_add2(s, multiply_add2(s, both(GELU_C), both(GELU_B)), both(GELU_A)));
-    }
-    if (ACT == GELU_TANH) {
-        constexpr float K = 0.7978845608f;
-        u = multiply2(x, multiply_add2(multiply2(x, x), both(0.044715f * K), both(K)));
-    }
-    if (ACT == SILU) u = multiply2(x, both(0.5f));
-    u32 t;
-    asm("tanh.approx.f16x2 %0, %1;" : "=r"(t) : "r"(u));
-    return t;
 }
 
 // Two quotients to codes, the first in the lower byte. The conversion stops at 127 and -128: what may be less than that
@@ -121,30 +118,21 @@ __device__ inline u32 codes(float low, float high) {
     return c;
 }
 
+// Two features' codes, the first in the lower byte.
 __device__ inline u32 code_pair(int a, int b, const Feature *f) {
-    if constexpr (SMOOTH) {
-        float x[2] = {(float)a, (float)b};
+    if constexpr (ACT == TABLE) {
+        u32 code[2];
 #pragma unroll
-        for (int i = 0; i < 2; i++)
-            if (PAIR) {
-                // Clamped by the saturation to 0..1, which costs nothing, and rounded.
-                asm("fma.rn.sat.f32 %0, %0, %1, %2;" : "+f"(x[i]) : "f"(f[i].fused_scale), "f"(f[i].fused_bias));
-                x[i] = __fsub_rn(fmaf(x[i], 2 * QMAX, WHOLE - QMAX), WHOLE);
-            } else x[i] = fmaf(x[i], f[i].fused_scale, f[i].fused_bias);
-        u32 h = halves(x[0], x[1]);
-        if (PAIR) h = multiply2(h, halves(f[0].pair, f[1].pair));
-        u32 t = tanh2(h);
-        float low, high;
-        asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }" : "=f"(low), "=f"(high) : "r"(t));
-        if (ACT == TANH) low *= f[0].gain, high *= f[1].gain;
-        else {
-            float p = x[0] * f[0].gain, q = x[1] * f[1].gain;
-            low = fmaf(p, low, p), high = fmaf(q, high, q);
+        for (int i = 0; i < 2; i++) {
+            u32 at = __float_as_uint(rounded(quotient(sum(i ? b : a, f[i]), f[i].pair, f[i].pair_inverse))) & 0xFF;
+            asm("ld.shared.u8 %0, [%1];" : "=r"(code[i]) : "r"(f[i].table + at));
         }
-        return codes(fmaxf(low, -QMAX), fmaxf(high, -QMAX));
+        return code[0] | code[1] << 8;
     }
-    return codes(fmaxf(quotient(value(a, f[0]), f[0].step, f[0].step_inverse), -QMAX),
-                 fmaxf(quotient(value(b, f[1]), f[1].step, f[1].step_inverse), -QMAX));
+    auto code = [&](int acc, const Feature &f) {
+        return fmaxf(quotient(activated(value(acc, f)), f.step, f.step_inverse), -QMAX);
+    };
+    return codes(code(a, f[0]), code(b, f[1]));
 }
 
 // Tokens of a tile that this block finishes: a tile's inputs may be shared out to SPLIT blocks, and then its tokens.

@@ -45,7 +45,7 @@ __device__ inline void copy_x(u32 to, const u8 *x, const Epilogue &e, int token0
 
 extern "C" __global__ void __launch_bounds__(128) multiply_tiles(const u8 *__restrict__ x, const u8 *__restrict__ w,
                                                                   EPILOGUE) {
-    const Epilogue e = {scale, bias, pair, step, out, tokens, rows, cols};
+    const Epilogue e = {scale, bias, pair, step, out, tokens, rows, cols, fetch_table(step)};
     extern __shared__ uint4 dynamic[];
     u32 memory;
     asm("{ .reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t; }" : "=r"(memory) : "l"(dynamic));

@@ -208,7 +208,7 @@ __device__ inline void gather(const int (&acc)[BN / 2], int (&sums)[DONE / 2], u
 
 extern "C" __global__ void __launch_bounds__(WGS * 128 + 128, PER_SM) __cluster_dims__(BLOCKS, 1, 1)
 sparse_linear(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap y, const u8 *__restrict__ w, EPILOGUE) {
-    const Epilogue e = {scale, bias, pair, step, out, tokens, rows, cols};
+    const Epilogue e = {scale, bias, pair, step, out, tokens, rows, cols, fetch_table(step)};
     extern __shared__ u8 dynamic[];
     __shared__ alignas(8) u64 barriers[2 * STAGES];
     u32 memory = shared_address(dynamic) + 1023 & ~1023u;

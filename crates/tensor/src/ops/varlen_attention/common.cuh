@@ -57,12 +57,48 @@ __device__ inline void close(float (*s)[4], int limit) {
             if (key_of(n, j, c % 2) >= limit) s[n][c] = minus_infinity();
 }
 
-// Running softmax of a lane's two rows.
+// Whether tensor cores add up the weights, of codes whole units of 2^-24, by a column of ones beside the values. A pattern's
+// sums are of weights that it drops, too.
+constexpr bool ONES_COLUMN = CODES_IN && !OF;
+// Outputs of 8 columns, and the sums.
+constexpr int BLOCKS = D / 8 + ONES_COLUMN;
+
+// What sums of codes, which are below 2^22, have added on their way to floats: 1.5 * 2^23.
+constexpr float OFFSET = CODES_IN ? 12582912.0f : 0.0f;
+
+__device__ inline float score_of(int sum) { return __int_as_float(sum + 0x4B400000); }
+__device__ inline float score_of(float sum) { return sum; }
+
+// Attention of codes rounds as ../attention/mod.rs says, so that all that computes it gives the same codes. Scores in bits
+// become multiples of 1 / 256 when GRID is added. Weights are 2^-13 and less, which halves hold in units of 2^-24, as does a
+// float that ONES is added to: sums of units, and of units times codes, are whole numbers. From halves, whose products are
+// rounded anyway, scores stay as they are, and weights are 1 and less.
+constexpr float GRID = CODES_IN ? 49152.0f : 0.0f, SCALE = CODES_IN ? 13.0f : 0.0f, ONES = 0.75f;
+// A score so many bits above the base raises it; 28 would give a weight that no half holds.
+constexpr float ROOM = CODES_IN ? 28.0f : 0.0f;
+// From so many bits on a base is a score itself, as neither GRID nor a float beside it has room for their fraction.
+constexpr float LARGEST = 16384.0f;
+
+// Running softmax of a lane's two rows: a base, in whole bits unless it is huge, and the sum of weights.
 struct Softmax {
-    float top[2] = {minus_infinity(), minus_infinity()}, sum[2] = {};
-    // Scores so large that their product with the unit would not round to within a bit.
-    bool huge = false;
+    float base[2] = {minus_infinity(), minus_infinity()}, sum[2] = {};
+    bool huge[2] = {};
+    // Whether a row of the warp is huge, or GRID less a base and OFFSET has no room for a fraction.
+    bool rare = false;
+    __device__ void measure(float unit) {
+        bool any = huge[0] || huge[1];
+        if (CODES_IN)
+#pragma unroll
+            for (int r = 0; r < 2; r++) any |= fabsf(base[r] + OFFSET * unit - 24576.0f) > 40960.0f;
+        rare = __any_sync(~0u, any);
+    }
 };
+
+// By how many bits one base is above another.
+__device__ inline float above(float a, bool a_huge, float b, bool b_huge, float unit) {
+    if (a_huge && b_huge) return (a - b) * unit;
+    return (a_huge ? (a - OFFSET) * unit : a) - (b_huge ? (b - OFFSET) * unit : b);
+}
 
 // What the pattern drops of a group becomes 0: x are its scores, p their weights. `tie` where that takes `by_rank`.
 __device__ inline void prune(const float *x, float *p, bool &tie) {
@@ -120,62 +156,84 @@ __device__ inline void prune_by_rank(const float *x, float *p) {
 }
 
 // Scores become weights, 2 to the score in bits above the row's base, of which `w` has those that the pattern keeps; `part`
-// gets the sums of all. Scores that are huge, which only RARE minds, have the base subtracted before they are multiplied.
+// gets the sums of all unless tensor cores make them. Only RARE minds rows that are huge, or weights of codes so large that a
+// sum leaves the range of ONES or of halves; otherwise `seen` has the bits that such a weight sets.
 template <bool RARE, bool RANKED>
-__device__ inline void weights(const float (*s)[4], const Softmax &m, float unit, float *part, u32 (*w)[4], bool &tie) {
+__device__ inline void weights(const float (*s)[4], const Softmax &m, float unit, float *part, u32 &seen, u32 (*w)[4],
+                               bool &tie) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        float shift = RARE && m.huge ? m.top[r] : 0.0f, base = RARE && m.huge ? 0.0f : m.top[r] * unit;
+        // A multiple of 1 / 256 below 2^16, unless rare.
+        float shift = GRID - m.base[r] - (RARE ? 0.0f : OFFSET * unit);
+        float sum = 0.0f;
+        u32 units = 0;
 #pragma unroll
         for (int n = 0; n < TILE / 8; n += B) {
             float x[2 * B], p[2 * B];
 #pragma unroll
             for (int i = 0; i < 2 * B; i++) {
                 x[i] = s[n + i / 2][2 * r + i % 2];
-                p[i] = exp2_fast(__fmaf_rn(RARE ? x[i] - shift : x[i], unit, -base));
-                part[r] += p[i];
+                float t;
+                if (RARE && m.huge[r]) t = __fadd_rn(__fmul_rn(x[i] - m.base[r], unit), GRID);
+                else t = __fmaf_rn(RARE ? x[i] - OFFSET : x[i], unit, shift);
+                p[i] = exp2_fast(CODES_IN ? __fsub_rn(t, GRID + SCALE) : t);
+                if (ONES_COLUMN) continue;
+                float whole = __fadd_rn(p[i], ONES);
+                if (!CODES_IN) sum += p[i];
+                else if (RARE) sum += __fsub_rn(whole, ONES);
+                else units += __float_as_uint(whole), seen |= __float_as_uint(whole);
             }
             if constexpr (OF && RANKED) prune_by_rank(x, p);
             else if constexpr (OF > 0) prune(x, p, tie);
 #pragma unroll
-            for (int i = 0; i < B; i++) w[(n + i) / 2][(n + i) % 2 * 2 + r] = f16_pair(p[2 * i], p[2 * i + 1]);
+            for (int i = 0; i < B; i++) {
+                u32 pair = w[(n + i) / 2][(n + i) % 2 * 2 + r] = f16_pair(p[2 * i], p[2 * i + 1]);
+                if (ONES_COLUMN) seen |= pair;
+            }
         }
+        if (!ONES_COLUMN) part[r] = RARE || !CODES_IN ? sum : (float)(units - TILE / 4 * __float_as_uint(ONES)) * 5.9604645e-8f;
     }
 }
 
-// Scores become weights `w`, halves in the order of a left operand. The base is the row's highest score in the first tile,
-// and follows only when weights come near what a half can hold, which is rare, so that other tiles look for no maximum and
-// leave the outputs alone. True if it did: outputs are to be multiplied by `shrink`.
+// Scores become weights `w`, halves in the order of a left operand. The base is not below the row's highest score in the
+// first tile, and follows only where a score has no room, which is rare, so that other tiles look for no maximum and leave
+// the outputs alone. True if it did: outputs are to be multiplied by `shrink`.
 __device__ inline bool weigh(const float (*s)[4], Softmax &m, float unit, u32 (*w)[4], bool first, float *shrink) {
     float part[2] = {};
-    bool tie = false, rise = first || m.huge;
+    u32 seen = 0;
+    bool tie = false, rise = first || m.rare;
     if (!rise) {
-        weights<false, false>(s, m, unit, part, w, tie);
-        rise = !__all_sync(~0u, fmaxf(part[0], part[1]) < 32768.0f);
+        weights<false, false>(s, m, unit, part, seen, w, tie);
+        // Of codes, a half of 2 or more, or a float of 1 or more is among them.
+        rise = CODES_IN ? __any_sync(~0u, seen & (ONES_COLUMN ? 0x40004000 : 0xC0800000)) : !__all_sync(~0u, fmaxf(part[0], part[1]) < 32768.0f);
     }
     if (rise) {
-        bool huge = false;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            float top = m.top[r];
+            float top = minus_infinity();
 #pragma unroll
             for (int n = 0; n < TILE / 8; n++) top = fmaxf(top, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
             top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
             top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-            shrink[r] = exp2_fast((m.top[r] - top) * unit);
-            m.top[r] = top;
-            m.sum[r] *= shrink[r];
-            huge |= fabsf(top * unit) > 65536.0f;
-            part[r] = 0.0f;
+            float bits = (top - OFFSET) * unit;
+            shrink[r] = 1.0f;
+            if (first || (m.huge[r] ? top > m.base[r] : bits >= m.base[r] + ROOM)) {
+                bool huge = fabsf(bits) >= LARGEST;
+                float base = huge ? top : ceilf(bits);
+                shrink[r] = exp2_fast(-above(base, huge, m.base[r], m.huge[r], unit));
+                m.base[r] = base;
+                m.huge[r] = huge;
+                m.sum[r] *= shrink[r];
+            }
         }
-        m.huge = __any_sync(~0u, huge);
+        m.measure(unit);
         tie = false;
-        weights<true, false>(s, m, unit, part, w, tie);
+        weights<true, false>(s, m, unit, part, seen, w, tie);
     }
     if constexpr (OF && KEEP != 1 && !(OF == 4 && KEEP == 2)) {
         if (__any_sync(~0u, tie)) {
             float again[2];
-            weights<true, true>(s, m, unit, again, w, tie);
+            weights<true, true>(s, m, unit, again, seen, w, tie);
         }
     }
     m.sum[0] += part[0];
@@ -185,7 +243,7 @@ __device__ inline bool weigh(const float (*s)[4], Softmax &m, float unit, u32 (*
 
 __device__ inline void rescale(float (*o)[4], const float *shrink) {
 #pragma unroll
-    for (int n = 0; n < D / 8; n++)
+    for (int n = 0; n < BLOCKS; n++)
 #pragma unroll
         for (int c = 0; c < 4; c++) o[n][c] *= shrink[c / 2];
 }
@@ -230,9 +288,9 @@ __device__ inline void finish(float (*o)[4], Softmax &m, const Problem &p, long 
     int g = threadIdx.x % 32 / 4, j = threadIdx.x % 4, stride = p.heads * D;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        float sum = m.sum[r];
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
+        // Each column of ones has all of a row's weights.
+        float sum = ONES_COLUMN ? o[BLOCKS - 1][2 * r] : m.sum[r];
+        if (!ONES_COLUMN) sum += __shfl_xor_sync(~0u, sum, 1), sum += __shfl_xor_sync(~0u, sum, 2);
         float factor = p.value / sum;
         int i = row + g + 8 * r;
         bool there = i < rows;

@@ -1,5 +1,6 @@
 use super::{Attention, Out, Qkv};
 use crate::cuda::{Arg, Gpu, Grid, Source, Variant};
+use crate::ops::attention::score_unit;
 use crate::{DType, Segments};
 
 static PLAIN: Source = Source { name: "varlen_attention_plain", text: include_str!("plain.cu") };
@@ -146,8 +147,7 @@ pub(super) fn attention_by(
     };
     let width = x.width() / 3 / how.heads;
     let [q, k, v] = steps.unwrap_or([1.0; 3]);
-    // Weights are powers of 2.
-    let unit = (how.scale as f64 * q as f64 * k as f64 * std::f64::consts::LOG2_E) as f32;
+    let unit = score_unit(how.scale, q, k);
     let queries = match kernel {
         Kernel::Plain | Kernel::Mma => 64,
         Kernel::Wgmma(w) => 64 * w.queries,

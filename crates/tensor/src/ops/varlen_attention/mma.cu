@@ -98,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(128)
     start(0);
     if constexpr (CODES_IN) put(values(0), held);
     commit();
-    float o[D / 8][4] = {};
+    float o[BLOCKS][4] = {};
     Softmax m;
     u32 a[STEPS][4];
     for (int t = 0; t < count; t++) {
@@ -124,14 +124,15 @@ extern "C" __global__ void __launch_bounds__(128)
 #pragma unroll
             for (int n = 0; n < TILE / 8; n++)
 #pragma unroll
-                for (int c = 0; c < 4; c++) s[n][c] = (float)sums[n][c];
+                for (int c = 0; c < 4; c++) s[n][c] = score_of(sums[n][c]);
         }
         if ((t + 1) * TILE > length) close(s, length - t * TILE);
         u32 w[TILE / 16][4];
         float shrink[2];
         if (weigh(s, m, unit, w, t == 0, shrink)) rescale(o, shrink);
 #pragma unroll
-        for (int i = 0; i < TILE / 16; i++)
+        for (int i = 0; i < TILE / 16; i++) {
+            if (ONES_COLUMN) mma(o[BLOCKS - 1], w[i], 0x3C003C00, 0x3C003C00);
 #pragma unroll
             for (int n = 0; n < D / 16; n++) {
                 u32 r[4];
@@ -139,6 +140,7 @@ extern "C" __global__ void __launch_bounds__(128)
                 mma(o[2 * n], w[i], r[0], r[1]);
                 mma(o[2 * n + 1], w[i], r[2], r[3]);
             }
+        }
         if constexpr (CODES_IN)
             if (t + 1 < count) put(values(t + 1), held);
         __syncthreads();

@@ -187,8 +187,11 @@ mod tests {
             (half, codes)
         }
 
-        /// Against the definition, by every kernel that takes it. `how_far` is relative to the largest output.
-        fn check(&self, gpu: Gpu, how_far: f64) {
+        /// Against the definition, by every kernel that takes it, up to a share of the largest output: of codes, weights are
+        /// off by 0.14 % (1/512 of a bit), and are multiples of 2^-11 or 2^-10 of the largest, which hundreds of keys with
+        /// less than that show.
+        fn check(&self, gpu: Gpu) {
+            let how_far = if self.steps.is_some() { 1.5e-2 } else { 2e-3 };
             let x: Vec<f64> = self.x.to_f32().f32().iter().map(|&v| v as f64).collect();
             let steps = self.steps.unwrap_or([1.0; 3]);
             let want = reference(&x, steps, &self.lengths, self.how, self.width);
@@ -252,7 +255,7 @@ mod tests {
             for of_codes in [false, true] {
                 for width in [64, 32, 128, 40] {
                     for lengths in [&[1][..], &[63, 64, 65], &[5, 512, 1, 2, 130, 7], &[129, 3], &[200]] {
-                        case(lengths, width, 2, None, of_codes).check(gpu, 2e-3);
+                        case(lengths, width, 2, None, of_codes).check(gpu);
                     }
                 }
             }
@@ -268,10 +271,84 @@ mod tests {
                 for pattern in
                     [(2, 4), (1, 4), (3, 4), (2, 8), (5, 8), (1, 16), (2, 16), (1, 2), (2, 32), (100, 256)]
                 {
-                    case(&[1, 30, 130, 65], 64, 2, Some(pattern), of_codes).check(gpu, 2e-3);
+                    case(&[1, 30, 130, 65], 64, 2, Some(pattern), of_codes).check(gpu);
                 }
                 for (lengths, width) in [(&[66, 7][..], 32), (&[70, 2], 128), (&[11, 20], 24)] {
-                    case(lengths, width, 2, Some((2, 4)), of_codes).check(gpu, 2e-3);
+                    case(lengths, width, 2, Some((2, 4)), of_codes).check(gpu);
+                }
+            }
+        });
+    }
+
+    /// Codes are those of the CPU's attention but for values that f32's last bits put on the other side of a tie.
+    #[test]
+    fn codes_are_those_of_the_cpu() {
+        use super::super::attention::{self, Half};
+        each_gpu(|gpu| {
+            for (width, pattern) in [
+                (32, None),
+                (64, None),
+                (128, None),
+                (40, None),
+                (32, Some((2, 4))),
+                (64, Some((1, 4))),
+                (64, Some((2, 8))),
+            ] {
+                let (lengths, heads) = ([300, 1, 77], 4);
+                for of_codes in [true, false] {
+                    let c = case(&lengths, width, heads, pattern, of_codes);
+                    let steps = c.steps.unwrap_or([1.0; 3]);
+                    let half = Half { steps: c.steps.map(|s| s.map(Tensor::scalar)) };
+                    let x = c.x.to_f32();
+                    let mut want = Vec::new();
+                    let mut first = 0;
+                    for n in lengths {
+                        let part = |p: usize| {
+                            let rows = x.f32()[first * x.width()..][..n * x.width()].chunks(x.width());
+                            let own = rows.flat_map(|r| &r[p * heads * width..][..heads * width]);
+                            Tensor::from_f32(own.map(|v| v * steps[p]).collect(), &[n, heads * width])
+                        };
+                        let spec = attention::Attention {
+                            batch: 1,
+                            queries: n,
+                            keys: n,
+                            heads,
+                            kv_heads: heads,
+                            scale: c.how.scale,
+                            causal: false,
+                            key_mask: None,
+                            pattern,
+                            dropout: 0.0,
+                            half: Some(half.clone()),
+                        };
+                        want.extend_from_slice(attention::apply(&part(0), &part(1), &part(2), &spec).f32());
+                        first += n;
+                    }
+                    let step = want.iter().fold(0.0f32, |m, v| m.max(v.abs())) / 120.0;
+                    let mut codes = vec![0; want.len()];
+                    super::super::int8_linear::quantize(&want, step, &mut codes);
+                    for kernel in kernels(gpu, width, pattern) {
+                        // With a pattern the output has the input's type.
+                        let (values, got) = c.run(gpu, kernel, step);
+                        let off = match (got, values) {
+                            (Some(got), _) => got.iter().zip(&codes).filter(|(a, b)| a != b).count(),
+                            (None, values) => {
+                                let halves = want.iter().map(|&v| crate::f16::from_f32(v).to_f64());
+                                values.unwrap().iter().zip(halves).filter(|(a, b)| **a != *b).count()
+                            }
+                        };
+                        println!(
+                            "{kernel:?} {width} {pattern:?} {of_codes}: {off} of {} differ",
+                            codes.len()
+                        );
+                        // Scores of halves are sums that f32 rounds, and may fall on another point of their grid.
+                        let most = if of_codes { codes.len() / 2000 } else { codes.len() / 50 };
+                        assert!(
+                            off <= most,
+                            "{kernel:?} {width} {pattern:?} {of_codes}: {off} of {}",
+                            codes.len()
+                        );
+                    }
                 }
             }
         });
@@ -295,7 +372,7 @@ mod tests {
                             c.x.f16_mut().copy_within(from..from + hidden, to);
                         }
                     }
-                    c.check(gpu, 2e-3);
+                    c.check(gpu);
                 }
             }
         });
@@ -314,7 +391,7 @@ mod tests {
                             *v = crate::f16::from_f32((v.to_f32() / 3.0).clamp(-1.0, 1.0) * factor);
                         }
                     }
-                    c.check(gpu, 4e-3);
+                    c.check(gpu);
                 }
             }
         });

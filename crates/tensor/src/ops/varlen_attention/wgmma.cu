@@ -70,6 +70,13 @@ __device__ inline void apply(float (*o)[4], const u32 *a, u64 b) {
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
+// Sums += weights of 16 keys.
+__device__ inline void add_up(float *o, const u32 *a, u64 ones) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%0,%1,%2,%3}, {%4,%5,%6,%7}, %8, 1, 1, 1, 0;"
+                 : "+f"(o[0]), "+f"(o[1]), "+f"(o[2]), "+f"(o[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(ones));
+}
+
 // What the threads that share tiles copied or wrote is there, for wgmma too, and what they read is free.
 template <int LEFT> __device__ inline void arrived() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT));
@@ -141,6 +148,10 @@ __device__ inline void put(u32 tile, const uint4 *held) {
 extern "C" __global__ void __launch_bounds__(THREADS * SPLIT, D == 128 || SPLIT > 1 ? 1 : 4 / WARPGROUPS)
     forward(void *out, const void *qkv, const Tile *tiles, int heads, float unit, float value, float step) {
     extern __shared__ char memory[];
+    __shared__ float2 bases[SPLIT > 1 ? 64 * WARPGROUPS : 1];
+    // Eight columns of as many keys, read twice for 16.
+    __shared__ __align__(128) u32 ones[32];
+    if (ONES_COLUMN && threadIdx.x < 32) ones[threadIdx.x] = 0x3C003C00;
     let_next_start();
     after_previous();
     Problem p{out, qkv, tiles, heads, unit, value, step};
@@ -186,7 +197,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * SPLIT, D == 128 || SPLIT 
             a[i][c] = r < length ? *(const u32 *)(q + r * stride + i * 32 + c / 2 * 16 + lane % 4 * 4) : 0;
         }
     Sum sums[TILE / 8][4];
-    float o[D / 8][4] = {};
+    float o[BLOCKS][4] = {};
     Softmax m;
     auto scores = [&](int t) {
 #pragma unroll
@@ -207,16 +218,31 @@ extern "C" __global__ void __launch_bounds__(THREADS * SPLIT, D == 128 || SPLIT 
             for (int n = 0; n < TILE / 8; n++)
 #pragma unroll
                 for (int c = 0; c < 4; c++)
-                    // Sums of codes are below 2^22, so that this is the sum plus 1.5 * 2^23; softmax does not mind.
-                    s[n][c] = __int_as_float(sums[n][c] + 0x4B400000);
+                    s[n][c] = score_of(sums[n][c]);
         if (last) close(s, length - key(count - 1));
+        // Bases are those of the sequence's first tile, however tiles are shared out.
+        float2 *own = bases + thread() / 32 * 16 + lane / 4;
+        if (SPLIT > 1 && first && share) {
+            __syncthreads();
+#pragma unroll
+            for (int r = 0; r < 2; r++) m.base[r] = own[8 * r].x, m.huge[r] = own[8 * r].y != 0.0f;
+            m.measure(unit);
+        }
         float shrink[2];
-        if (weigh(s, m, unit, w, first, shrink)) rescale(o, shrink);
+        if (weigh(s, m, unit, w, first && !share, shrink)) rescale(o, shrink);
+        if (SPLIT > 1 && first && !share) {
+            if (lane % 4 == 0)
+#pragma unroll
+                for (int r = 0; r < 2; r++) own[8 * r] = make_float2(m.base[r], m.huge[r]);
+            __syncthreads();
+        }
     };
     auto outputs = [&](int t) {
 #pragma unroll
-        for (int i = 0; i < TILE / 16; i++)
+        for (int i = 0; i < TILE / 16; i++) {
             apply(o, w[i], descriptor(values(t) + i * 16 * VALUE_ROW, VALUE_ROW, TILE * VALUE_ROW));
+            if (ONES_COLUMN) add_up(o[BLOCKS - 1], w[i], shared_address(ones) >> 4);
+        }
     };
     for (int t = 0; t < count - 1; t++) {
         soften(t == 0, false);
@@ -241,7 +267,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * SPLIT, D == 128 || SPLIT 
         outputs(count - 1);
         commit();
         wait<0>();
-    }
+    } else __syncthreads();
     if constexpr (SPLIT > 1) {
         // Where the group's tiles were.
         auto mine = [&](int part) { return (float *)(memory + (base - shared_address(memory)) + part * RING) + thread(); };
@@ -250,11 +276,12 @@ extern "C" __global__ void __launch_bounds__(THREADS * SPLIT, D == 128 || SPLIT 
             arrived<0>();
             float *to = mine(0);
 #pragma unroll
-            for (int i = 0; i < D / 2; i++) to[i * THREADS] = o[i / 4][i % 4];
+            for (int i = 0; i < 4 * BLOCKS; i++) to[i * THREADS] = o[i / 4][i % 4];
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                to[(D / 2 + r) * THREADS] = m.top[r];
-                to[(D / 2 + 2 + r) * THREADS] = m.sum[r];
+                to[(4 * BLOCKS + r) * THREADS] = m.base[r];
+                to[(4 * BLOCKS + 2 + r) * THREADS] = m.sum[r];
+                to[(4 * BLOCKS + 4 + r) * THREADS] = m.huge[r];
             }
         }
         __syncthreads();
@@ -264,12 +291,14 @@ extern "C" __global__ void __launch_bounds__(THREADS * SPLIT, D == 128 || SPLIT 
             const float *from = mine(part);
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                float other = from[(D / 2 + r) * THREADS], top = fmaxf(m.top[r], other);
-                float own = exp2_fast((m.top[r] - top) * unit), its = exp2_fast((other - top) * unit);
-                m.top[r] = top;
-                m.sum[r] = m.sum[r] * own + from[(D / 2 + 2 + r) * THREADS] * its;
+                float other = from[(4 * BLOCKS + r) * THREADS];
+                bool huge = from[(4 * BLOCKS + 4 + r) * THREADS] != 0.0f;
+                float higher = above(other, huge, m.base[r], m.huge[r], unit);
+                float own = exp2_fast(fminf(-higher, 0.0f)), its = exp2_fast(fminf(higher, 0.0f));
+                if (higher > 0.0f) m.base[r] = other, m.huge[r] = huge;
+                m.sum[r] = m.sum[r] * own + from[(4 * BLOCKS + 2 + r) * THREADS] * its;
 #pragma unroll
-                for (int n = 0; n < D / 8; n++)
+                for (int n = 0; n < BLOCKS; n++)
 #pragma unroll
                     for (int c = 2 * r; c < 2 * r + 2; c++) o[n][c] = o[n][c] * own + from[(4 * n + c) * THREADS] * its;
             }
