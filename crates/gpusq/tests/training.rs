@@ -404,7 +404,10 @@ fn a_pipeline_trains_as_one_process_does() {
                 (student.params, report.curve)
             };
             let (want, curve) = trained(Group::alone(), 1);
-            let near = |a: f32, b: f32| (a - b).abs() <= 1e-5 * b.abs().max(1.0);
+            // A norm's last bits are enough for a code to cross a tie (seen on one of two machines: 1.2e-5).
+            let tolerance =
+                if start.stage == Stage::Quantized && max_grad_norm.is_some() { 1e-4 } else { 1e-5 };
+            let near = |a: f32, b: f32| (a - b).abs() <= tolerance * b.abs().max(1.0);
             for size in [2, 3] {
                 let what = format!("{:?}, {size} processes, clipped at {max_grad_norm:?}", start.stage);
                 for (params, terms) in processes(size, |group| trained(group, size)) {

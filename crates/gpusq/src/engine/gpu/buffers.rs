@@ -50,8 +50,8 @@ pub(super) struct Buffers {
     pub(super) qkv: Tensor,
     /// `[tokens, hidden]`: what attention gives.
     pub(super) mixed: Tensor,
-    /// f16 `[tokens, hidden]`: what a sub-layer gives.
-    pub(super) added: Tensor,
+    /// `[tokens, hidden]`: what attention's last map and the feed-forward's give.
+    pub(super) added: [Tensor; 2],
     /// `[tokens, inner]`
     pub(super) inner: Tensor,
     /// The last four again, and the hidden states, of first tokens only.
@@ -64,7 +64,7 @@ pub(super) struct FirstRows {
     pub(super) hidden: Tensor,
     pub(super) codes: Tensor,
     pub(super) mixed: Tensor,
-    pub(super) added: Tensor,
+    pub(super) added: [Tensor; 2],
     pub(super) inner: Tensor,
 }
 
@@ -90,7 +90,8 @@ impl Buffers {
         let Network { hidden, inner, .. } = *network;
         let mut tensor = |dtype, rows: usize, width: usize| place.tensor(dtype, &[rows, width]);
         let of = |map: fn(&Block) -> &Map| network.blocks.first().map_or(DType::I8, |b| map(b).dtype());
-        let (qkv, inner_type) = (of(|b| &b.qkv), of(|b| &b.ffn_in));
+        let (qkv, added, inner_type) =
+            (of(|b| &b.qkv), [of(|b| &b.out), of(|b| &b.ffn_out)], of(|b| &b.ffn_in));
         // What attention gives is read as the feed-forward's inner activations are: all maps are of one kind.
         let mixed = inner_type;
         let first = match network.head {
@@ -98,7 +99,7 @@ impl Buffers {
                 hidden: tensor(DType::F16, sequences, hidden),
                 codes: tensor(DType::I8, sequences, hidden),
                 mixed: tensor(mixed, sequences, hidden),
-                added: tensor(DType::F16, sequences, hidden),
+                added: added.map(|of| tensor(of, sequences, hidden)),
                 inner: tensor(inner_type, sequences, inner),
             }),
             HeadMaps::None | HeadMaps::Tokens { .. } => None,
@@ -118,7 +119,7 @@ impl Buffers {
             codes: tensor(DType::I8, tokens, hidden),
             qkv: tensor(qkv, tokens, 3 * hidden),
             mixed: tensor(mixed, tokens, hidden),
-            added: tensor(DType::F16, tokens, hidden),
+            added: added.map(|of| tensor(of, tokens, hidden)),
             inner: tensor(inner_type, tokens, inner),
             first,
             sums,
@@ -131,13 +132,13 @@ impl Buffers {
         let sums = || sums.expect("a head has sums");
         match (self.first.as_mut().filter(|_| first), place) {
             (None, Place::Qkv) => (&self.codes, &mut self.qkv),
-            (None, Place::AttentionOut) => (&self.mixed, &mut self.added),
+            (None, Place::AttentionOut) => (&self.mixed, &mut self.added[0]),
             (None, Place::FfnIn) => (&self.codes, &mut self.inner),
-            (None, Place::FfnOut) => (&self.inner, &mut self.added),
+            (None, Place::FfnOut) => (&self.inner, &mut self.added[1]),
             (None, Place::HeadOut) => (&self.codes, sums()),
-            (Some(f), Place::AttentionOut) => (&f.mixed, &mut f.added),
+            (Some(f), Place::AttentionOut) => (&f.mixed, &mut f.added[0]),
             (Some(f), Place::FfnIn) => (&f.codes, &mut f.inner),
-            (Some(f), Place::FfnOut) => (&f.inner, &mut f.added),
+            (Some(f), Place::FfnOut) => (&f.inner, &mut f.added[1]),
             (Some(f), Place::HeadDense) => (&f.codes, &mut f.mixed),
             (Some(f), Place::HeadOut) => (if dense { &f.mixed } else { &f.codes }, sums()),
             (None, Place::HeadDense) | (Some(_), Place::Qkv) => unreachable!("no map is there"),
@@ -152,7 +153,7 @@ impl Buffers {
             HeadMaps::None => 0,
             HeadMaps::Tokens { out, .. } | HeadMaps::First { out, .. } => out.outputs,
         };
-        let row = hidden * (2 + 1 + 6 + 2 + 2) + 2 * inner + 4 * outputs;
+        let row = hidden * (2 + 1 + 6 + 2 + 2 * 2) + 2 * inner + 4 * outputs;
         // Each tensor may begin a little later than the one before it ends.
         input_parts(bucket)[4] * 4 + (tokens + sequences) * row + (64 << 10)
     }

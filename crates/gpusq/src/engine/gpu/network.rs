@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use gpusq_tensor::cuda::Gpu;
 use gpusq_tensor::ops::codes::Codes;
-use gpusq_tensor::ops::norm_codes::{self, Lookup, add_norm, embed_norm};
+use gpusq_tensor::ops::norm_codes::{self, Lookup, Summand, add_norm, embed_norm};
 use gpusq_tensor::ops::select::first_rows;
 use gpusq_tensor::ops::sparse_linear::{Epilogue, Kernel, Store, Weight, kernels};
 use gpusq_tensor::ops::varlen_attention::{self, Qkv, attention};
@@ -43,6 +43,8 @@ pub(super) struct Block {
     pub(super) qkv_steps: Option<[f32; 3]>,
     pub(super) out_step: Option<f32>,
     pub(super) out: Map,
+    /// Step sizes of what `out` and `ffn_out` give, where these are codes.
+    pub(super) added_steps: [Option<f32>; 2],
     pub(super) attention_norm: Normal,
     pub(super) inner_step: Option<f32>,
     pub(super) ffn_in: Map,
@@ -118,6 +120,7 @@ impl Network {
                     qkv_steps: None,
                     out_step: None,
                     out: half(&at("attn.o"), None)?,
+                    added_steps: [None; 2],
                     attention_norm,
                     inner_step: None,
                     ffn_in: half(&at("ffn"), Some(stack.activation))?,
@@ -131,22 +134,27 @@ impl Network {
             let ffn_out = joined(&at("ffn.out"))?;
             let (step, out_step, inner_step) = (Some(qkv.step), Some(out.step), Some(ffn_in.step));
             let (qkv, steps) = qkv.stored_by_pairs(gpu);
+            let inner = ffn_out.step;
+            let ((out, out_pair), (ffn_out, ffn_pair)) =
+                (out.stored_by_pairs(gpu), ffn_out.stored_by_pairs(gpu));
             Ok(Block {
                 step,
                 qkv,
                 qkv_steps: steps.map(|s| s.try_into().expect("an attention has three projections")),
                 out_step,
-                out: out.map(gpu, Store::Half),
+                out,
+                added_steps: [out_pair, ffn_pair].map(|pair| pair.map(|p| p[0])),
                 attention_norm,
                 inner_step,
-                ffn_in: ffn_in.activated(gpu, stack.activation, ffn_out.step),
-                ffn_out: ffn_out.map(gpu, Store::Half),
+                ffn_in: ffn_in.activated(gpu, stack.activation, inner),
+                ffn_out,
                 ffn_norm,
             })
         };
         let blocks = (0..stack.layers).map(block).collect::<Result<Vec<_>>>()?;
-        if blocks.iter().any(|b| b.qkv_steps.is_some() != blocks[0].qkv_steps.is_some()) {
-            return Err(unsupported("quantised queries, keys and values in some blocks only"));
+        let kinds = |b: &Block| (b.qkv_steps.is_some(), b.added_steps.map(|s| s.is_some()));
+        if blocks.iter().any(|b| kinds(b) != kinds(&blocks[0])) {
+            return Err(unsupported("quantised outputs in some blocks only"));
         }
         let head = match &model.spec.head {
             Head::None => HeadMaps::None,
@@ -367,6 +375,14 @@ impl Network {
 }
 
 impl Block {
+    /// What `out` (0) or `ffn_out` (1) gave, as a norm takes it.
+    fn summand<'a>(&self, map: usize, added: &'a [Tensor; 2]) -> Summand<'a> {
+        match self.added_steps[map] {
+            Some(step) => Summand::Codes(&added[map], step),
+            None => Summand::Half(&added[map]),
+        }
+    }
+
     /// From attention's codes `mixed` and the hidden states to the hidden states after the block, in place, and to their
     /// `codes` of step `next`.
     pub(super) fn after_attention(
@@ -375,19 +391,19 @@ impl Block {
         mixed: &Tensor,
         hidden: &Tensor,
         codes: &Tensor,
-        added: &mut Tensor,
+        added: &mut [Tensor; 2],
         inner: &mut Tensor,
         next: Option<f32>,
     ) {
-        self.out.launch(choices.get(&Place::AttentionOut), mixed, added);
+        self.out.launch(choices.get(&Place::AttentionOut), mixed, &mut added[0]);
         let out = |step: Option<f32>| norm_codes::Out {
             hidden: Some(hidden),
             codes: step.map(|step| Codes { to: codes, step }),
         };
-        add_norm(added, Some(hidden), self.attention_norm.of(), out(self.inner_step));
+        add_norm(self.summand(0, added), Some(hidden), self.attention_norm.of(), out(self.inner_step));
         let x = if self.inner_step.is_some() { codes } else { hidden };
         self.ffn_in.launch(choices.get(&Place::FfnIn), x, inner);
-        self.ffn_out.launch(choices.get(&Place::FfnOut), inner, added);
-        add_norm(added, Some(hidden), self.ffn_norm.of(), out(next));
+        self.ffn_out.launch(choices.get(&Place::FfnOut), inner, &mut added[1]);
+        add_norm(self.summand(1, added), Some(hidden), self.ffn_norm.of(), out(next));
     }
 }

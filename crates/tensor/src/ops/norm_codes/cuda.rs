@@ -1,4 +1,4 @@
-use super::{Lookup, Norm, Out};
+use super::{Lookup, Norm, Out, Summand};
 use crate::cuda::{Arg, Gpu, Grid, Source, Variant, source};
 use crate::{DType, Tensor};
 
@@ -14,14 +14,19 @@ fn blocks(width: usize) -> usize {
 
 const ABSENT: Arg = Arg::Pointer(0);
 
-fn variant(width: usize, norm: usize) -> Variant {
-    SOURCE.with(DType::F32, &[("WIDTH", width), ("NORM", norm), ("BLOCKS", blocks(width))])
+fn variant(width: usize, norm: usize, coded: bool) -> Variant {
+    SOURCE.with(
+        DType::F32,
+        &[("WIDTH", width), ("NORM", norm), ("CODED", coded.into()), ("BLOCKS", blocks(width))],
+    )
 }
 
 /// For the test that compiles every kernel.
 #[cfg(test)]
 pub(crate) fn variants() -> Vec<Variant> {
-    [(768, 1), (1024, 1), (384, 0), (101, 1), (4096, 2)].map(|(width, norm)| variant(width, norm)).into()
+    [(768, 1, true), (768, 1, false), (1024, 1, true), (384, 0, false), (101, 1, true), (4096, 2, false)]
+        .map(|(width, norm, coded)| variant(width, norm, coded))
+        .into()
 }
 
 /// Which norm, gain, bias, eps.
@@ -48,14 +53,19 @@ fn grid(gpu: Gpu, rows: usize, width: usize) -> Grid {
     Grid { threads: 32 * ROWS as u32, ..Grid::blocks(rows.div_ceil(ROWS).min(most)) }
 }
 
-pub(super) fn add_norm(gpu: Gpu, x: &Tensor, residual: Option<&Tensor>, norm: Norm, out: Out) {
+pub(super) fn add_norm(gpu: Gpu, x: Summand, residual: Option<&Tensor>, norm: Norm, out: Out) {
     let (which, norm) = parts(Some(norm));
     let (outputs, step) = outputs(out);
     let mut arguments = outputs.to_vec();
-    arguments.extend([x.memory().into(), residual.map_or(ABSENT, |r| r.memory().into())]);
+    let (x, x_step, coded) = match x {
+        Summand::Half(x) => (x, 1.0, false),
+        Summand::Codes(x, step) => (x, step, true),
+    };
+    arguments.extend([x.memory().into(), Arg::from(x_step), residual.map_or(ABSENT, |r| r.memory().into())]);
     arguments.extend(norm);
     arguments.extend([step, (x.rows() as i32).into()]);
-    gpu.launch_early(variant(x.width(), which), "add_norm", grid(gpu, x.rows(), x.width()), &arguments);
+    let variant = variant(x.width(), which, coded);
+    gpu.launch_early(variant, "add_norm", grid(gpu, x.rows(), x.width()), &arguments);
 }
 
 pub(super) fn embed_norm(gpu: Gpu, lookups: [Option<Lookup>; 3], scale: f32, norm: Option<Norm>, out: Out) {
@@ -70,5 +80,5 @@ pub(super) fn embed_norm(gpu: Gpu, lookups: [Option<Lookup>; 3], scale: f32, nor
     arguments.push(scale.into());
     arguments.extend(norm);
     arguments.extend([step, (rows as i32).into()]);
-    gpu.launch_early(variant(width, which), "embed_norm", grid(gpu, rows, width), &arguments);
+    gpu.launch_early(variant(width, which, false), "embed_norm", grid(gpu, rows, width), &arguments);
 }

@@ -1,6 +1,5 @@
-// A warp for a row, four warps a block, which go on to other rows. WIDTH is the row's, NORM which one, BLOCKS how many run on a
-// multiprocessor; rows of up to 1,024
-// stay in registers.
+// A warp for a row, four warps a block, which go on to other rows. WIDTH is the row's, NORM which one, CODED whether what is
+// added to the residual are codes, BLOCKS how many run on a multiprocessor; rows of up to 1,024 stay in registers.
 
 enum { NONE, LAYER, RMS };
 
@@ -17,19 +16,51 @@ struct Output {
     float step;
 };
 
+template <bool> struct Kind {
+    using One = f16;
+    using Eight = uint4;
+};
+template <> struct Kind<true> {
+    using One = signed char;
+    using Eight = uint2;
+};
+using Summand = Kind<CODED>;
+
+// Eight numbers as pairs of halves. A code becomes a float in the last bits of 2^23 + 128 + code.
+__device__ inline void halves_of(u32 *to, const uint4 &of, float) { to[0] = of.x, to[1] = of.y, to[2] = of.z, to[3] = of.w; }
+__device__ inline void halves_of(u32 *to, const uint2 &of, float step) {
+    const u32 words[2] = {of.x ^ 0x80808080, of.y ^ 0x80808080};
+    auto value = [&](int i) {
+        u32 bits = __byte_perm(words[i / 4], 0x4B000000, 0x7540 + i % 4);
+        return __fmul_rn(__fsub_rn(__uint_as_float(bits), 8388736.0f), step);
+    };
+#pragma unroll
+    for (int k = 0; k < 4; k++) to[k] = f16_pair(value(2 * k), value(2 * k + 1));
+}
+
 // Where a row's numbers come from: eight from column c, or one. What is fetched is kept as it comes until it is needed, so
 // that the next row is under way while this one is worked on.
 struct Sum {
-    const f16 *x, *residual;
+    const Summand::One *x;
+    const f16 *residual;
+    float step;
     struct Raw {
-        uint4 x, residual;
+        Summand::Eight x;
+        uint4 residual;
     };
     __device__ void fetch(Raw &raw, int c) const {
-        raw.x = *(const uint4 *)(x + c);
+        raw.x = *(const Summand::Eight *)(x + c);
         raw.residual = residual ? *(const uint4 *)(residual + c) : make_uint4(0, 0, 0, 0);
     }
+    __device__ float value(int c) const {
+        if constexpr (!CODED) return (float)x[c];
+        f16 half;
+        half = __fmul_rn((float)x[c], step);
+        return (float)half;
+    }
     __device__ void sum(float *v, const Raw &raw) const {
-        const u32 xs[4] = {raw.x.x, raw.x.y, raw.x.z, raw.x.w};
+        u32 xs[4];
+        halves_of(xs, raw.x, step);
         const u32 rs[4] = {raw.residual.x, raw.residual.y, raw.residual.z, raw.residual.w};
 #pragma unroll
         for (int k = 0; k < 4; k++) {
@@ -38,7 +69,7 @@ struct Sum {
             v[2 * k + 1] = x.y + r.y;
         }
     }
-    __device__ float one(int c) const { return (float)x[c] + (residual ? (float)residual[c] : 0.0f); }
+    __device__ float one(int c) const { return value(c) + (residual ? (float)residual[c] : 0.0f); }
 };
 
 struct Embedded {
@@ -197,11 +228,11 @@ __device__ inline void normalise(Of from, const Normal &norm, const Output &out,
 
 // In place: `hidden` may be `x` or `residual`, of which a warp reads its row before it writes, and no other row.
 extern "C" __global__ void __launch_bounds__(128, BLOCKS)
-    add_norm(f16 *hidden, signed char *codes, const f16 *x, const f16 *residual, const float *gain, const float *bias,
-             float eps, float step, int rows) {
+    add_norm(f16 *hidden, signed char *codes, const Summand::One *x, float x_step, const f16 *residual, const float *gain,
+             const float *bias, float eps, float step, int rows) {
     auto from = [&](int row) {
         long long at = (long long)row * WIDTH;
-        return Sum{x + at, residual ? residual + at : nullptr};
+        return Sum{x + at, residual ? residual + at : nullptr, x_step};
     };
     normalise<Sum>(from, {gain, bias, eps}, {hidden, codes, step}, rows);
 }

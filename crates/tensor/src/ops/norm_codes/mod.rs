@@ -40,10 +40,23 @@ pub struct Out<'a> {
     pub codes: Option<Codes<'a>>,
 }
 
-/// `norm(x + residual)`: `x` and `residual` f16 `[rows, width]`. Works in place: `out.hidden` may be `x` or `residual`.
+/// What is added to a residual: `[rows, width]`.
+#[derive(Clone, Copy, Debug)]
+pub enum Summand<'a> {
+    /// f16.
+    Half(&'a Tensor),
+    /// i8: codes of the step size, whose products are rounded to f16.
+    Codes(&'a Tensor, f32),
+}
+
+/// `norm(x + residual)`, `residual` f16 `[rows, width]`. Works in place: `out.hidden` may be an f16 `x` or `residual`.
 /// Panics where shapes differ.
-pub fn add_norm(x: &Tensor, residual: Option<&Tensor>, norm: Norm, out: Out) {
-    assert_eq!(x.dtype(), DType::F16, "norm of {x:?}");
+pub fn add_norm(summand: Summand, residual: Option<&Tensor>, norm: Norm, out: Out) {
+    let (x, dtype) = match summand {
+        Summand::Half(x) => (x, DType::F16),
+        Summand::Codes(x, _) => (x, DType::I8),
+    };
+    assert_eq!(x.dtype(), dtype, "norm of {x:?}");
     assert!(
         residual.is_none_or(|r| r.dtype() == DType::F16 && r.shape() == x.shape()),
         "norm: residual {residual:?}"
@@ -51,7 +64,7 @@ pub fn add_norm(x: &Tensor, residual: Option<&Tensor>, norm: Norm, out: Out) {
     check(Some(norm), out, x.shape());
     match x.device() {
         Device::Cpu => panic!("norm: {x:?} is not on a GPU"),
-        Device::Cuda(gpu) => cuda::add_norm(gpu, x, residual, norm, out),
+        Device::Cuda(gpu) => cuda::add_norm(gpu, summand, residual, norm, out),
     }
 }
 
@@ -172,12 +185,12 @@ mod tests {
                         // In place, as the engine does.
                         let hidden = x.to(gpu);
                         let out = Out { hidden: Some(&hidden), codes: Some(codes) };
-                        add_norm(&hidden, with.then_some(&r), on(norm, &moved), out);
+                        add_norm(Summand::Half(&hidden), with.then_some(&r), on(norm, &moved), out);
                         close(&format!("{rows}x{width}"), hidden.to(Device::Cpu).to_f32().f32(), &want, 1e-3);
                         codes_agree(to.to(Device::Cpu).i8(), &want, 0.021);
                         let again = Tensor::from_i8(vec![99; rows * width], &[rows, width]).to(gpu);
                         let out = Out { hidden: None, codes: Some(Codes { to: &again, step: 0.021 }) };
-                        add_norm(&x.to(gpu), with.then_some(&r), on(norm, &moved), out);
+                        add_norm(Summand::Half(&x.to(gpu)), with.then_some(&r), on(norm, &moved), out);
                         assert_eq!(again, to);
                     }
                 }
@@ -209,9 +222,36 @@ mod tests {
                 let to = Tensor::from_i8(vec![99; rows * width], &[rows, width]).to(gpu);
                 let hidden = x.to(gpu);
                 let out = Out { hidden: Some(&hidden), codes: Some(Codes { to: &to, step }) };
-                add_norm(&hidden, Some(&r.to(gpu)), norm, out);
+                add_norm(Summand::Half(&hidden), Some(&r.to(gpu)), norm, out);
                 assert!(hidden.to(Device::Cpu).f16() == want.to_f16().f16(), "{rows}x{width}");
                 assert!(to.to(Device::Cpu).i8() == codes, "{rows}x{width}");
+            }
+            gpu.check().unwrap();
+        }
+    }
+
+    /// Codes are added as the halves that their products with the step size are rounded to, bit for bit.
+    #[test]
+    fn codes_are_added_as_halves() {
+        for gpu in devices().into_iter().filter(|d| *d != Device::Cpu) {
+            for (rows, width) in [(700, 768), (37, 1024), (9, 384), (3, 8), (6, 101), (3, 1032)] {
+                let x: Vec<i8> =
+                    (0..rows * width).map(|i| (i * 31 % 255) as u8 as i8).map(|c| c.max(-127)).collect();
+                let step = 0.0371f32;
+                let halves = x.iter().map(|&c| crate::f16::from_f32(f32::from(c) * step)).collect();
+                let halves = Tensor::from_f16(halves, &[rows, width]).to(gpu);
+                let x = Tensor::from_i8(x, &[rows, width]).to(gpu);
+                let r = noise(&[rows, width], 2).to_f16().to(gpu);
+                let moved = [noise(&[width], 3).to(gpu), noise(&[width], 4).to(gpu)];
+                let norm = Norm::Layer { gain: &moved[0], bias: &moved[1], eps: 1e-12 };
+                let outputs = [Summand::Codes(&x, step), Summand::Half(&halves)].map(|summand| {
+                    let hidden = r.clone().to(Device::Cpu).to(gpu);
+                    let to = Tensor::from_i8(vec![99; rows * width], &[rows, width]).to(gpu);
+                    let out = Out { hidden: Some(&hidden), codes: Some(Codes { to: &to, step: 0.021 }) };
+                    add_norm(summand, Some(&hidden), norm, out);
+                    [hidden.to(Device::Cpu), to.to(Device::Cpu)]
+                });
+                assert!(outputs[0] == outputs[1], "{rows}x{width}");
             }
             gpu.check().unwrap();
         }
