@@ -136,15 +136,15 @@ pub fn preflight(
         return Err(Error::file(out, message));
     }
     if let Some((dir, bytes_kept)) = cache {
-        let free = free_space(dir).map(|free| free.saturating_add(size_of_files(dir)));
-        if let Some(free) = free.filter(|free| *free < bytes_kept) {
-            let message = format!(
-                "the teacher's outputs take about {} and {} are free; free some, choose another --teacher-cache or leave \
-                 it out",
+        // Which of the files there this run reads is not known before it has its teacher.
+        if let Some(free) = free_space(dir).filter(|free| *free < bytes_kept) {
+            warnings.push(format!(
+                "{}: the teacher's outputs take up to about {}, less what is kept already, and {} are free; free some, \
+                 choose another --teacher-cache or leave it out",
+                dir.display(),
                 bytes(bytes_kept),
                 bytes(free)
-            );
-            return Err(Error::file(dir, message));
+            ));
         }
     }
     Ok(Preflight {
@@ -220,13 +220,6 @@ fn check_range(model: &Model) -> Result<()> {
         return Err(Error::tensor(if file.is_file() { &file } else { folder }, stored, message));
     }
     Ok(())
-}
-
-/// Bytes of all files in the folders of `dir`: a cache has no deeper ones.
-fn size_of_files(dir: &Path) -> u64 {
-    let inside = |dir: &Path| std::fs::read_dir(dir).into_iter().flatten().flatten().map(|e| e.path());
-    let files = inside(dir).flat_map(|folder| inside(&folder).collect::<Vec<_>>());
-    files.filter_map(|file| Some(std::fs::metadata(file).ok()?.len())).sum()
 }
 
 /// Bytes of memory of this machine, where the system says.

@@ -1,7 +1,8 @@
 //! A teacher's outputs on disk, so that they are computed once for each batch and not in every epoch or run.
 //!
 //! `DIR/D/K.safetensors` has what the loss reads of a teacher for one part of a batch. `D` is a digest of everything that
-//! decides those bits besides the inputs (weights, specification, device, element type, versions), `K` one of the inputs.
+//! decides those bits besides the inputs (weights, specification, device, element type, the program's own file), `K` one of
+//! the inputs.
 //! Outputs of an example depend on its batch in their last bits (sums over padding, kernels chosen by size), so a part is
 //! found again only as it was: that is why training with a cache has the bits of training without.
 
@@ -18,6 +19,7 @@ use crate::format::safetensors::{Checkpoint, checksum, write_checksummed};
 use crate::forward::{Compute, Inputs, Output, Tokens};
 use crate::model::Model;
 use crate::outdir::{Digest, digest_model};
+use crate::params::Weight;
 use crate::report::Machine;
 use crate::spec::TransformerSpec;
 use crate::task::{Dataset, HeadKind};
@@ -60,10 +62,11 @@ impl TeacherCache {
         };
         let (element, tf32, spec) = (compute.element, compute.tf32, &teacher.spec);
         let of = format!(
-            "gpusq {}, {machine}, {element:?}, tf32 {tf32}, {:?}, {spec:?}, weights {:016x}",
-            env!("CARGO_PKG_VERSION"),
+            "program {}, {machine}, {element:?}, tf32 {tf32}, {:?}, {spec:?}, weights {:016x} {:016x}",
+            program()?,
             mix.taps(),
-            digest_model(teacher)
+            digest_model(teacher),
+            digest_masks(teacher)
         );
         let mut digest = Digest::new();
         digest.text(&of);
@@ -129,6 +132,28 @@ impl TeacherCache {
             other => other,
         }
     }
+}
+
+/// A checksum of the running program: another build may compute other bits.
+fn program() -> Result<String> {
+    // Linux knows the file still when another one has its name.
+    let bytes = std::fs::read("/proc/self/exe").or_else(|_| std::fs::read(std::env::current_exe()?));
+    Ok(checksum(&bytes.map_err(Error::io(Path::new("the running program")))?))
+}
+
+/// What a teacher's weights are beside the values that [`digest_model`] reads.
+fn digest_masks(teacher: &Model) -> u64 {
+    let mut d = Digest::new();
+    for (_, weight) in teacher.params.iter() {
+        let (mask, scale) = match weight {
+            Weight::Masked { mask, .. } => (Some(mask), None),
+            Weight::Fake { mask, scale, .. } => (Some(mask), Some(scale)),
+            Weight::Dense(_) | Weight::Packed(_) => (None, None),
+        };
+        mask.iter().flat_map(|m| m.u8()).for_each(|&kept| d.word(u32::from(kept)));
+        scale.iter().flat_map(|s| s.f32()).for_each(|s| d.word(s.to_bits()));
+    }
+    d.value()
 }
 
 /// A digest and a checksum, which miss different mistakes.

@@ -56,7 +56,7 @@ constexpr int TILE = 64;
 // As `score_unit` in mod.rs.
 __device__ inline float score_unit(float scale, float q, float k) {
     double unit = (double)scale * (double)q * (double)k * 1.4426950408889634;
-    return (float)(rint(unit * 1073741824.0) / 1073741824.0);
+    return (float)(fmax(rint(unit * 1073741824.0), 1.0) / 1073741824.0);
 }
 
 // Block (batch, head, query). `thinned` is null where neither pattern nor dropout changes the softmax. `half`: as the engine

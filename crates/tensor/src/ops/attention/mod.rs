@@ -65,11 +65,11 @@ pub(crate) const TILE: usize = 64;
 pub(crate) const ROOM: f32 = 28.0;
 
 /// A score in bits, if it is the product of a query and a key in units of `q` and `k`. A multiple of 2^-30, so that
-/// kernels may add whole numbers to a score before they multiply.
+/// kernels may add whole numbers to a score before they multiply, and not 0, of which a masked key's score would make NaN.
 pub(crate) fn score_unit(scale: f32, q: f32, k: f32) -> f32 {
     let unit = f64::from(scale) * f64::from(q) * f64::from(k) * std::f64::consts::LOG2_E;
     let grid = (1u64 << 30) as f64;
-    ((unit * grid).round_ties_even() / grid) as f32
+    ((unit * grid).round_ties_even().max(1.0) / grid) as f32
 }
 
 /// What backward needs.
@@ -374,6 +374,34 @@ mod tests {
                     close(&format!("{device:?}, {pattern:?}, codes {codes}"), &on(device, &s), &want, far);
                 }
             }
+        }
+    }
+
+    /// Scores of next to nothing are equal, and masked keys have no weight still: outputs are means of the values.
+    #[test]
+    fn the_smallest_steps_are_no_nan() {
+        for device in devices() {
+            let mut s = spec(2, 3, 70, 2);
+            s.key_mask = Some((0..140).map(|i| i % 70 < 63).collect::<Vec<bool>>().into());
+            let [q, k, v] = of_codes(&mut s, 32);
+            let Some(Half { steps: Some([q_step, k_step, v_step]) }) = &mut s.half else { unreachable!() };
+            let tiny = |t: &Tensor, step: &mut Tensor| {
+                let by = 1e-8 / step.item();
+                *step = Tensor::scalar(1e-8).to(device);
+                Tensor::from_f32(t.f32().iter().map(|x| x * by).collect(), t.shape())
+            };
+            let (q, k) = (tiny(&q, q_step), tiny(&k, k_step));
+            *v_step = v_step.to(device);
+            let got = apply(&q.to(device), &k.to(device), &v.to(device), &s).to(Device::Cpu);
+            let width = v.width();
+            let mean = |sequence: usize, c: usize| {
+                (0..63).map(|i| f64::from(v.f32()[(sequence * 70 + i) * width + c])).sum::<f64>() / 63.0
+            };
+            let want: Vec<f64> = (0..6)
+                .flat_map(|row| (0..width).map(move |c| (row / 3, c)))
+                .map(|(n, c)| mean(n, c))
+                .collect();
+            close(&format!("{device:?}"), got.f32(), &want, 5e-3);
         }
     }
 
