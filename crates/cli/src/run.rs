@@ -7,13 +7,12 @@ use std::sync::mpsc::{Receiver, TryRecvError, sync_channel};
 use std::thread;
 
 use clap::ArgMatches;
+use gpusq::format::unique::Unique;
 use gpusq::infer::{Answer, Predictor, Prepared};
 use gpusq::model::Model;
 use gpusq::task::{HeadKind, Tokenizer};
 use gpusq::tensor::Device;
 use gpusq::{Error, Result};
-use serde::Deserialize;
-use serde::de::IgnoredAny;
 use serde_json::{Map, Value, json};
 
 use crate::args;
@@ -195,17 +194,6 @@ struct Request {
     id: Option<Value>,
 }
 
-/// Fields that a line may have, each at most once.
-#[derive(Deserialize)]
-#[allow(dead_code)]
-struct Once {
-    text: Option<IgnoredAny>,
-    text_pair: Option<IgnoredAny>,
-    question: Option<IgnoredAny>,
-    context: Option<IgnoredAny>,
-    id: Option<IgnoredAny>,
-}
-
 impl Request {
     /// A line of plain text, or a JSON object.
     fn parse(line: &str, head: Option<HeadKind>) -> std::result::Result<Request, String> {
@@ -222,10 +210,8 @@ impl Request {
                 false => Ok(Request { text: line.into(), pair: None, id: None }),
             };
         }
-        let object: Map<String, Value> =
+        let Unique(object): Unique<Value> =
             serde_json::from_str(line).map_err(|e| format!("is no JSON object ({e}); write {wanted}"))?;
-        // A map keeps the last of two fields of one name.
-        serde_json::from_str::<Once>(line).map_err(|e| format!("is ambiguous ({e}); write {wanted}"))?;
         if let Some(other) = object.keys().find(|k| *k != "id" && !names.contains(&k.as_str())) {
             return Err(format!(
                 "has a field `{other}`, which has no meaning here; write {wanted}, and `id` if you like"
@@ -340,8 +326,8 @@ mod tests {
             (r#"{"text": 7}"#, classes, "`text`: 7, which is not text"),
             (r#"{"text_pair": "b"}"#, classes, "no field `text`"),
             (r#"{"text": "a", "txt": 1}"#, classes, "a field `txt`"),
-            (r#"{"text": "a", "text": "b"}"#, classes, "duplicate field `text`"),
-            (r#"{"text": "a", "id": 1, "id": 2}"#, classes, "duplicate field `id`"),
+            (r#"{"text": "a", "text": "b"}"#, classes, "`text` appears twice"),
+            (r#"{"text": "a", "id": 1, "id": 2}"#, classes, "`id` appears twice"),
             (r#"{"text": "a""#, classes, "no JSON object (EOF"),
         ] {
             let message = message(line, head);

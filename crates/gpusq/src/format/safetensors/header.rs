@@ -8,6 +8,7 @@ use std::path::Path;
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor, value};
 
 use super::{Dtype, MAX_HEADER, METADATA, bad, one_line, shown};
+use crate::format::unique::{Unique, twice};
 use crate::{Error, Result};
 
 /// Most dimensions a tensor may have, as in PyTorch and NumPy.
@@ -197,34 +198,4 @@ impl<'de> Deserialize<'de> for Entry {
         }
         deserializer.deserialize_map(EntryVisitor)
     }
-}
-
-/// A map that refuses a repeated key, where serde's own maps would keep the last.
-pub(super) struct Unique<V>(pub(super) BTreeMap<String, V>);
-
-impl<'de, V: Deserialize<'de>> Deserialize<'de> for Unique<V> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        struct UniqueVisitor<V>(std::marker::PhantomData<V>);
-        impl<'de, V: Deserialize<'de>> Visitor<'de> for UniqueVisitor<V> {
-            type Value = Unique<V>;
-            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str("an object")
-            }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Unique<V>, A::Error> {
-                let mut entries = BTreeMap::new();
-                while let Some((key, value)) = map.next_entry::<String, V>()? {
-                    if entries.contains_key(&key) {
-                        return Err(twice(&key));
-                    }
-                    entries.insert(key, value);
-                }
-                Ok(Unique(entries))
-            }
-        }
-        deserializer.deserialize_map(UniqueVisitor(std::marker::PhantomData))
-    }
-}
-
-fn twice<E: serde::de::Error>(key: &str) -> E {
-    E::custom(format!("the name `{key}` appears twice"))
 }

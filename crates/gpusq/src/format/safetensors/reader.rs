@@ -12,8 +12,9 @@ use half::slice::HalfFloatSliceExt;
 use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 
 use super::checksum::{self, Sum};
-use super::header::{Info, Unique, read_header};
+use super::header::{Info, read_header};
 use super::{CHUNK, Dtype, MAX_HEADER, bad, one_line, shown};
+use crate::format::unique::Unique;
 use crate::{Error, Result, textfile};
 
 /// An opened checkpoint: one safetensors file, or the shards an index names. Its headers are checked;
