@@ -56,7 +56,7 @@ fn epilogue(gpu: Gpu, rows: usize, cols: usize, out: Out) -> Epilogue {
     let scale = of(1.5 / (74.0 * 74.0 * (cols as f32 / 2.0).sqrt()));
     let store = match out {
         Out::Codes => Store::Codes { activation: None, step: of(0.04) },
-        Out::Gelu => Store::table(gpu, Activation::Gelu, 0.04, 0.04),
+        Out::Gelu => Store::table(gpu, Activation::Gelu, 0.04, 0.04, 100.0),
         Out::Half => Store::Half,
     };
     let output_step = matches!(out, Out::Gelu).then(|| of(0.04));

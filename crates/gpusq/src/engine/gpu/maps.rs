@@ -142,10 +142,17 @@ impl Joined {
     pub(super) fn activated(self, gpu: Gpu, activation: Activation, step: f32) -> Map {
         let rows = self.weight.rows();
         let store = match self.pairs.as_deref() {
-            Some(&[(pair, _)]) => Store::table(gpu, activation, pair, step),
+            Some(&[(pair, _)]) => Store::table(gpu, activation, pair, step, self.most()),
             _ => Store::Codes { activation: Some(activation), step: Self::on(gpu, vec![step; rows]) },
         };
         self.map(gpu, store)
+    }
+
+    /// What no output is larger than, whatever the codes.
+    fn most(&self) -> f32 {
+        let sum = self.weight.cols() as f32 * 127.0 * 127.0;
+        let bias = |row: usize| self.bias.as_ref().map_or(0.0, |b| b[row].abs());
+        self.scale.iter().enumerate().map(|(row, scale)| sum * scale + bias(row)).fold(0.0, f32::max)
     }
 
     pub(super) fn last(mut self, gpu: Gpu) -> Final {

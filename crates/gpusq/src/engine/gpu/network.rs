@@ -244,7 +244,7 @@ impl Network {
             let Epilogue { bias, output_step, store, .. } = &maps[0].epilogue;
             let function = match store {
                 Store::Codes { activation, .. } => format!("{activation:?}"),
-                Store::Table(_) => "table".to_string(),
+                Store::Table { .. } => "table".to_string(),
                 _ => String::new(),
             };
             let (w, kind) = (&maps[0].weight, store.dtype());

@@ -263,7 +263,7 @@ fn options(
         Store::Half => (1, 0),
         Store::Codes { activation, .. } => (2, activation::number(*activation)),
         // After the functions, in epilogue.cuh.
-        Store::Table(_) => (2, 6),
+        Store::Table { .. } => (2, 6),
     };
     vec![
         ("ALIGNED", aligned(e).into()),
@@ -276,6 +276,7 @@ fn options(
         ("ACT", act),
         ("BIAS", e.bias.is_some().into()),
         ("PAIR", e.output_step.is_some().into()),
+        ("BOUNDED", matches!(e.store, Store::Table { bounded: true, .. }).into()),
     ]
 }
 
@@ -328,7 +329,7 @@ pub(super) fn launch(kernel: &Kernel, x: &Tensor, w: &Weight, e: &Epilogue, out:
     let optional = |t: Option<&Tensor>| t.map_or(Arg::Pointer(0), |t| t.memory().into());
     let step = match &e.store {
         Store::Codes { step, .. } => Some(step),
-        Store::Table(codes) => Some(codes),
+        Store::Table { codes, .. } => Some(codes),
         Store::Accumulators | Store::Half => None,
     };
     let (name, first, blocks, threads): (_, Vec<Arg>, _, _) = match kernel.0 {
@@ -344,7 +345,7 @@ pub(super) fn launch(kernel: &Kernel, x: &Tensor, w: &Weight, e: &Epilogue, out:
             let clusters = if k.split > 1 { tiles } else { tiles.min(slots.max(k.tiles(shape.rows, 1))) };
             let from = TensorMap::boxes(x.memory(), tokens, shape.cols, (k.tokens / k.cluster, COLS));
             let to = match e.store {
-                Store::Half | Store::Codes { .. } | Store::Table(_) if aligned(e) => {
+                Store::Half | Store::Codes { .. } | Store::Table { .. } if aligned(e) => {
                     let size = e.store.dtype().size();
                     TensorMap::boxes(out.memory(), tokens, shape.rows * size, (k.at_once(), 64 * size))
                 }
@@ -389,7 +390,7 @@ pub(crate) fn variants() -> (Vec<Variant>, Vec<Variant>) {
         epilogue(Store::Accumulators, false),
         epilogue(Store::Half, true),
         epilogue(codes(None), true),
-        epilogue(Store::Table(ones.clone()), true),
+        epilogue(Store::Table { codes: ones.clone(), bounded: true }, true),
         epilogue(codes(Some(activation::Activation::Gelu)), true),
         epilogue(codes(Some(activation::Activation::Silu)), false),
     ];

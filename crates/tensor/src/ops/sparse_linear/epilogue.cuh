@@ -124,7 +124,11 @@ __device__ inline u32 code_pair(int a, int b, const Feature *f) {
         u32 code[2];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            u32 at = __float_as_uint(rounded(quotient(sum(i ? b : a, f[i]), f[i].pair, f[i].pair_inverse))) & 0xFF;
+            float q = quotient(sum(i ? b : a, f[i]), f[i].pair, f[i].pair_inverse);
+            // Below, the sum of bits would overflow; BOUNDED says that no output can get there.
+            if (!BOUNDED) q = fmaxf(q, -QMAX);
+            // Place 0 has the code of -127.
+            u32 at = __viaddmin_s32_relu(__float_as_int(__fadd_rn(q, WHOLE)), 127 - __float_as_int(WHOLE), 254);
             asm("ld.shared.u8 %0, [%1];" : "=r"(code[i]) : "r"(f[i].table + at));
         }
         return code[0] | code[1] << 8;

@@ -131,17 +131,27 @@ pub enum Store {
         step: Tensor,
     },
     /// The code, i8, that a table has for that of y in the output pair; see [`Store::table`].
-    Table(Tensor),
+    Table {
+        /// Those for -127 to 127.
+        codes: Tensor,
+        /// Whether every y is known to be less than 2^23 steps of the pair, so that its place needs no comparison.
+        bounded: bool,
+    },
 }
 
+/// Places of a table: one more than there are codes, which makes it words.
+const TABLE: usize = 256;
+
 impl Store {
-    /// The codes of step `step` of what `activation` makes of codes of an output pair, all of step `pair`.
-    pub fn table(gpu: Gpu, activation: Activation, pair: f32, step: f32) -> Store {
-        let y = (0..=255u8).map(|code| f32::from(code as i8) * pair).collect();
-        let y = activation::apply(&Tensor::from_f32(y, &[256]), activation);
-        let mut codes = vec![0; 256];
+    /// The codes of step `step` of what `activation` makes of codes of an output pair, all of step `pair`. No |y| is more
+    /// than `most`, which may be infinite: kernels are faster for less than 2^23 steps.
+    pub fn table(gpu: Gpu, activation: Activation, pair: f32, step: f32, most: f32) -> Store {
+        let y = (0..TABLE).map(|place| (place as f32 - 127.0).min(127.0) * pair).collect();
+        let y = activation::apply(&Tensor::from_f32(y, &[TABLE]), activation);
+        let mut codes = vec![0; TABLE];
         quantize(y.f32(), step, &mut codes);
-        Store::Table(Tensor::from_i8(codes, &[256]).to(Device::Cuda(gpu)))
+        let codes = Tensor::from_i8(codes, &[TABLE]).to(Device::Cuda(gpu));
+        Store::Table { codes, bounded: most / pair < 8_388_608.0 }
     }
 
     /// Element type of the output.
@@ -149,7 +159,7 @@ impl Store {
         match self {
             Store::Accumulators => DType::I32,
             Store::Half => DType::F16,
-            Store::Codes { .. } | Store::Table(_) => DType::I8,
+            Store::Codes { .. } | Store::Table { .. } => DType::I8,
         }
     }
 }
@@ -184,8 +194,11 @@ pub fn sparse_linear(kernel: &Kernel, x: &Tensor, w: &Weight, e: &Epilogue, out:
     );
     let step = match &e.store {
         Store::Codes { step, .. } => Some(step),
-        Store::Table(codes) => {
-            assert!(e.output_step.is_some() && codes.dtype() == DType::I8 && codes.len() == 256, "{codes:?}");
+        Store::Table { codes, .. } => {
+            assert!(
+                e.output_step.is_some() && codes.dtype() == DType::I8 && codes.len() == TABLE,
+                "{codes:?}"
+            );
             None
         }
         Store::Accumulators | Store::Half => None,
@@ -467,7 +480,13 @@ mod tests {
                         let y = function.map_or(y.clone(), |f| activation::apply(&y, f));
                         let e = match function.filter(|_| looked_up) {
                             Some(f) => {
-                                let store = Store::table(gpu, f, pair.f32()[0], step.f32()[0]);
+                                // Some functions know how large y can be.
+                                let most = if with_bias {
+                                    f32::INFINITY
+                                } else {
+                                    cols as f32 * 127.0 * 127.0 * 2e-5
+                                };
+                                let store = Store::table(gpu, f, pair.f32()[0], step.f32()[0], most);
                                 Epilogue { output_step: Some(pair.to(device)), ..epilogue(store) }
                             }
                             None => epilogue(Store::Codes { activation: function, step: step.to(device) }),
@@ -494,6 +513,34 @@ mod tests {
                         });
                     }
                 }
+            }
+        }
+    }
+
+    /// Outputs of up to some 2^21, 2^23 and 2^25 steps of their pair, of either sign.
+    #[test]
+    fn far_outputs_have_the_last_codes_of_a_table() {
+        let (tokens, rows, cols) = (200, 256, 256);
+        let weight = sparse(rows, cols, 31);
+        let x = Tensor::from_i8(codes(tokens, cols, 32), &[tokens, cols]);
+        let acc = accumulators(&x, &weight.dense, rows);
+        let largest = acc.iter().map(|a| a.unsigned_abs()).max().unwrap() as f32;
+        let (pair, step) = (0.05, 0.07);
+        for far in [2e6, 8e6, 3.2e7] {
+            let scale = Tensor::full(&[rows], far / largest * pair);
+            let y: Vec<f32> = acc.iter().map(|&a| code(a as f32 * scale.f32()[0], pair) * pair).collect();
+            let y = activation::apply(&Tensor::from_f32(y, &[acc.len()]), Activation::Gelu);
+            let want: Vec<i8> = y.f32().iter().map(|&y| code(y, step) as i8).collect();
+            for gpu in gpus() {
+                let device = Device::Cuda(gpu);
+                let w = Weight::sparse(gpu, &weight.values, &weight.meta);
+                let store = Store::table(gpu, Activation::Gelu, pair, step, far * pair);
+                assert_eq!(matches!(store, Store::Table { bounded: true, .. }), far < 8_388_608.0);
+                let output_step = Some(Tensor::full(&[rows], pair).to(device));
+                let e = Epilogue { scale: scale.to(device), bias: None, output_step, store };
+                let all = all(&w, tokens);
+                let some = [all[0], all[all.len() - 1]];
+                run(gpu, &x, &w, &e, &some, |kernel, out| assert!(out.i8() == want, "{kernel}, {far}"));
             }
         }
     }
