@@ -13,7 +13,10 @@ const TILE: usize = 128;
 const DEPTH: usize = 128;
 
 /// Products of bytes, on Hopper alone.
-pub(crate) static BYTES: Source = Source { name: "linear_int8", text: include_str!("int8.cu") };
+pub(crate) static BYTES: Source = Source {
+    name: "linear_int8",
+    text: concat!(include_str!("../tma.cuh"), "\n#line 1 \"int8.cu\"\n", include_str!("int8.cu")),
+};
 
 /// `x` and `w` of one type, the output of type `element`.
 pub(super) fn forward(gpu: Gpu, x: &Tensor, w: &Tensor, bias: Option<&Tensor>, element: DType) -> Tensor {

@@ -14,29 +14,6 @@ constexpr int ROW = TILE + 16 / (int)sizeof(T);
 
 __device__ inline u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
-struct alignas(64) TensorMap {
-    u64 opaque[16];
-};
-
-__device__ inline void barrier_wait(u32 bar, u32 parity) {
-    asm volatile(
-        "{ .reg .pred p;\n"
-        "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-        "@p bra done;\n"
-        "bra again;\n"
-        "done: }" ::"r"(bar), "r"(parity)
-        : "memory");
-}
-
-// Starts copying a tile: rows from `row`, columns from `column` on; what lies outside the matrix becomes 0.
-__device__ inline void fetch(const u8 *tile, const TensorMap *matrix, int row, int column, u32 bar) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-            shared_address(tile)),
-        "l"(matrix), "r"(column), "r"(row), "r"(bar)
-        : "memory");
-}
-
 // A tile's 32 codes of depth from byte k on, for wgmma: first byte, 1024 bytes between groups of eight rows, swizzle.
 __device__ inline u64 describe(const u8 *tile, int k) {
     return (shared_address(tile + k) & 0x3FFFF) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
@@ -95,13 +72,12 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     auto start = [&](int step) {
         if (step >= steps) return;
         u32 bar = full + 8 * (step % STAGES);
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(2 * OPERAND) : "memory");
-        fetch(tile(step, 0), &x, row, step * DEPTH, bar);
-        fetch(tile(step, 1), &w, column, step * DEPTH, bar);
+        barrier_expect(bar, 2 * OPERAND);
+        fetch(shared_address(tile(step, 0)), &x, step * DEPTH, row, bar);
+        fetch(shared_address(tile(step, 1)), &w, step * DEPTH, column, bar);
     };
     if (threadIdx.x == 0) {
-        for (int s = 0; s < STAGES; s++)
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full + 8 * s));
+        for (int s = 0; s < STAGES; s++) barrier_init(full + 8 * s, 1);
         asm volatile("fence.mbarrier_init.release.cluster;");
         asm volatile("fence.proxy.async;");
         for (int s = 0; s < STAGES - 1; s++) start(s);

@@ -15,7 +15,12 @@ static MMA: Source = Source {
 
 static WGMMA: Source = Source {
     name: "sparse_linear_wgmma",
-    text: concat!(include_str!("epilogue.cuh"), "\n#line 1 \"wgmma.cu\"\n", include_str!("wgmma.cu")),
+    text: concat!(
+        include_str!("epilogue.cuh"),
+        include_str!("../tma.cuh"),
+        "\n#line 1 \"wgmma.cu\"\n",
+        include_str!("wgmma.cu")
+    ),
 };
 
 /// A kernel and the sizes it is compiled for. Its text (`Display`) names it in plans and tables.

@@ -17,32 +17,10 @@ constexpr int ROWS = WGS * 64;
 constexpr int BLOCKS = CLUSTER * SPLIT;
 static_assert(CLUSTER == 1 || SPLIT == 1, "one or the other");
 
-struct alignas(64) TensorMap {
-    u64 opaque[16];
-};
-
 __device__ inline u32 shared_address(const void *p) {
     u32 a;
     asm("{ .reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t; }" : "=r"(a) : "l"(p));
     return a;
-}
-
-__device__ inline void barrier_init(u32 bar, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count));
-}
-
-__device__ inline void barrier_wait(u32 bar, u32 parity) {
-    asm volatile(
-        "{ .reg .pred p;\n"
-        "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-        "@p bra done;\n"
-        "bra again;\n"
-        "done: }" ::"r"(bar), "r"(parity)
-        : "memory");
-}
-
-__device__ inline void barrier_expect(u32 bar, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 }
 
 __device__ inline void barrier_arrive(u32 bar, int cta) {
@@ -55,11 +33,7 @@ __device__ inline void barrier_arrive(u32 bar, int cta) {
 }
 
 __device__ inline void load_x(u32 to, const TensorMap *map, int col, int token, u32 bar) {
-    if (CLUSTER == 1)
-        asm volatile(
-            "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
-            "l"(map), "r"(col), "r"(token), "r"(bar)
-            : "memory");
+    if (CLUSTER == 1) fetch(to, map, col, token, bar);
     else
         asm volatile(
             "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
