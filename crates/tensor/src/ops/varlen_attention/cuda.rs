@@ -50,10 +50,10 @@ const WARPGROUPS: [Warpgroups; 3] = [
 
 impl Warpgroups {
     /// Bytes of shared memory: four tiles of keys and of values for each share of the keys, swizzled from a multiple of
-    /// 1,024 on.
+    /// 1,024 on, and sixteen rows of ones.
     fn shared(self, width: usize, of_codes: bool) -> usize {
         let bytes = if of_codes { width } else { 2 * width };
-        1024 + self.split * 4 * KEYS * (bytes + 2 * width)
+        1024 + self.split * 4 * KEYS * (bytes + 2 * width) + 16 * (2 * width).min(128)
     }
 }
 

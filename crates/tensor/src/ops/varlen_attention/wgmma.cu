@@ -10,6 +10,8 @@ constexpr int BYTES = CODES_IN ? D : 2 * D, ROW = BYTES < 128 ? BYTES : 128;
 constexpr int VALUE_ROW = D < 64 ? 2 * D : 128;
 constexpr int KEY_TILE = TILE * BYTES, VALUE_TILE = TILE * 2 * D;
 constexpr int PARTS = 4, RING = PARTS * (KEY_TILE + VALUE_TILE);
+// Sixteen rows of ones, which stand beside the values of any 16 keys.
+constexpr int ONES_BYTES = 16 * VALUE_ROW;
 // Threads that share tiles.
 constexpr int THREADS = 128 * WARPGROUPS;
 constexpr int STEPS = BYTES / 32;
@@ -33,6 +35,7 @@ template <int LEFT> __device__ inline void wait() { asm volatile("wgmma.wait_gro
 #define EIGHT(c, x, n) c(x[n][0]), c(x[n][1]), c(x[n][2]), c(x[n][3]), c(x[n + 1][0]), c(x[n + 1][1]), c(x[n + 1][2]), c(x[n + 1][3])
 #define ADDED(v) "+f"(v)
 #define COUNTED(v) "+r"(v)
+#define FOUR(c, x, n) c(x[n][0]), c(x[n][1]), c(x[n][2]), c(x[n][3])
 #define R32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 
 // Scores of 64 keys, += or =.
@@ -50,12 +53,21 @@ __device__ inline void score(int (*s)[4], const u32 *a, u64 b, int add) {
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
 
-// Outputs += weights of 16 keys times their values.
+// Outputs += weights of 16 keys times their values; behind the outputs sums of weights, with ONES_COLUMN, by eight more columns.
 __device__ inline void apply(float (*o)[4], const u32 *a, u64 b) {
-    if constexpr (D == 32)
+    if constexpr (D == 32 && ONES_COLUMN)
+        asm volatile("wgmma.mma_async.sync.aligned.m64n40k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,"
+                     "%17,%18,%19}, {%20,%21,%22,%23}, %24, 1, 1, 1, 1;"
+                     : EIGHT(ADDED, o, 0), EIGHT(ADDED, o, 2), FOUR(ADDED, o, 4)
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    else if constexpr (D == 32)
         asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, "
                      "{%16,%17,%18,%19}, %20, 1, 1, 1, 1;"
                      : EIGHT(ADDED, o, 0), EIGHT(ADDED, o, 2)
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    else if constexpr (D == 64 && ONES_COLUMN)
+        asm volatile("wgmma.mma_async.sync.aligned.m64n72k16.f32.f16.f16 {" R32 ",%32,%33,%34,%35}, {%36,%37,%38,%39}, %40, 1, 1, 1, 1;"
+                     : EIGHT(ADDED, o, 0), EIGHT(ADDED, o, 2), EIGHT(ADDED, o, 4), EIGHT(ADDED, o, 6), FOUR(ADDED, o, 8)
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
     else if constexpr (D == 64)
         asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" R32 "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 1;"
@@ -70,7 +82,7 @@ __device__ inline void apply(float (*o)[4], const u32 *a, u64 b) {
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-// Sums += weights of 16 keys.
+// Sums += weights of 16 keys: where the ones cannot stand as far from the first half of the values as the second does.
 __device__ inline void add_up(float *o, const u32 *a, u64 ones) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%0,%1,%2,%3}, {%4,%5,%6,%7}, %8, 1, 1, 1, 0;"
                  : "+f"(o[0]), "+f"(o[1]), "+f"(o[2]), "+f"(o[3])
@@ -125,8 +137,8 @@ __device__ inline void take(uint4 *held, const char *values, long long stride, i
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
         int c = thread() + i * THREADS, r = c / (D / 16), k = c % (D / 16) * 16;
-        held[i] = make_uint4(0, 0, 0, 0);
-        if (c < CHUNKS && first + r < limit) held[i] = *(const uint4 *)(values + (first + r) * stride + k);
+        // Behind the last row that one again, with weights of 0: a choice here would wait for what is loaded.
+        held[i] = *(const uint4 *)(values + min(first + r, limit - 1) * stride + k);
     }
 }
 
@@ -149,9 +161,6 @@ extern "C" __global__ void __launch_bounds__(THREADS * SPLIT, D == 128 || SPLIT 
     forward(void *out, const void *qkv, const Tile *tiles, int heads, float unit, float value, float step) {
     extern __shared__ char memory[];
     __shared__ float2 bases[SPLIT > 1 ? 64 * WARPGROUPS : 1];
-    // Eight columns of as many keys, read twice for 16.
-    __shared__ __align__(128) u32 ones[32];
-    if (ONES_COLUMN && threadIdx.x < 32) ones[threadIdx.x] = 0x3C003C00;
     let_next_start();
     after_previous();
     Problem p{out, qkv, tiles, heads, unit, value, step};
@@ -164,7 +173,10 @@ extern "C" __global__ void __launch_bounds__(THREADS * SPLIT, D == 128 || SPLIT 
     const char *q = (const char *)qkv + own.first * stride + h * D * SIZE;
     const char *k = q + heads * D * SIZE, *v = k + heads * D * SIZE;
     // Swizzling counts from a multiple of 1,024.
-    u32 base = ((shared_address(memory) + 1023) & ~1023u) + share * RING;
+    u32 front = (shared_address(memory) + 1023) & ~1023u, base = front + share * RING, ones = front + SPLIT * RING;
+    if constexpr (ONES_COLUMN)
+        for (int i = threadIdx.x; i < ONES_BYTES / 4; i += THREADS * SPLIT)
+            asm volatile("st.shared.b32 [%0], %1;" ::"r"(ones + 4 * i), "r"(0x3C003C00));
     auto keys = [&](int t) { return base + t % PARTS * (KEY_TILE + VALUE_TILE); };
     auto values = [&](int t) { return keys(t) + KEY_TILE; };
     // This group's tiles, of those there are, and the first key of each.
@@ -240,8 +252,9 @@ extern "C" __global__ void __launch_bounds__(THREADS * SPLIT, D == 128 || SPLIT 
     auto outputs = [&](int t) {
 #pragma unroll
         for (int i = 0; i < TILE / 16; i++) {
-            apply(o, w[i], descriptor(values(t) + i * 16 * VALUE_ROW, VALUE_ROW, TILE * VALUE_ROW));
-            if (ONES_COLUMN) add_up(o[BLOCKS - 1], w[i], shared_address(ones) >> 4);
+            u32 at = values(t) + i * 16 * VALUE_ROW;
+            apply(o, w[i], descriptor(at, VALUE_ROW, D == 128 ? TILE * VALUE_ROW : ones - at));
+            if (ONES_COLUMN && D == 128) add_up(o[BLOCKS - 1], w[i], ones >> 4);
         }
     };
     for (int t = 0; t < count - 1; t++) {
