@@ -139,6 +139,8 @@ fn main() {
     let mut times = Vec::new();
     let (mut first, mut last, mut to_first) = (f32::NAN, f32::NAN, 0.0);
     let mut peak = 0.0;
+    // Memory that nobody has, before the third step makes its graphs and after it.
+    let mut free = Vec::new();
     for n in 0..steps + 5 {
         let from = Instant::now();
         let terms = stepper.step(&mut student, &mut moments, &parts, n, 1e-5).unwrap();
@@ -148,6 +150,9 @@ fn main() {
         last = terms.total;
         times.push(from.elapsed().as_secs_f64() * 1e3);
         if let Device::Cuda(gpu) = device {
+            if n == 1 || n == 2 {
+                free.push(gpu.free_memory());
+            }
             peak = gpu.peak_memory() as f64 / (1u64 << 30) as f64;
         }
     }
@@ -155,6 +160,7 @@ fn main() {
         println!("RANK {} peak={peak:.2}GiB", group.rank());
         return;
     }
+    let graphs = free.windows(2).map(|f| f[0] as f64 - f[1] as f64).sum::<f64>() / (1 << 20) as f64;
     let each: Vec<String> = times.iter().map(|ms| format!("{ms:.1}")).collect();
     // The first steps allocate and choose algorithms.
     let mut times = times.split_off(5);
@@ -162,13 +168,14 @@ fn main() {
     let median = times[times.len() / 2];
     println!(
         "RESULT gpusq size={size} processes={}{} bs={batch} micro={micro} seq={length} on={compute} what={what} step_ms={median:.2} min={:.2} max={:.2} \
-         steps={} loss={first:.6}->{last:.6} peak={peak:.2}GiB first_step_s={to_first:.2} \
+         steps={} replayed={} loss={first:.6}->{last:.6} peak={peak:.2}GiB graphs={graphs:.1}MiB first_step_s={to_first:.2} \
          tokens_per_s={:.0} done_s={}",
         group.size(),
         if pipeline { " (pipeline)" } else { "" },
         times[0],
         times[times.len() - 1],
         times.len(),
+        stepper.replayed(),
         (all * length) as f64 / median * 1e3,
         done.iter().map(|(what, at)| format!("{what}:{:.2}", at.as_secs_f64())).collect::<Vec<_>>().join(",")
     );

@@ -1,21 +1,27 @@
 //! The training loop and the stages on a model small enough to run in a second: what is learned, what stays
 //! fixed, what a resumed run repeats.
 
+use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Mutex;
 
 use gpusq::arch::Config as ModelConfig;
 use gpusq::compress::{Run, calibration, prune_weights};
-use gpusq::config::{Config, Fit};
+use gpusq::config::{Config, Fit, Schedule};
 use gpusq::distill::{Mix, Terms};
 use gpusq::forward::{Compute, Inputs};
 use gpusq::model::{Model, Stage};
 use gpusq::params::Weight;
 use gpusq::quant::calibrate;
+use gpusq::sparsity::{Pattern, mask_rows};
 use gpusq::task::{Dataset, Example, HeadKind, Scores, Split, Target, Tokenizer, task};
 use gpusq::tensor::{DType, Device, Group, Patience, Seat};
-use gpusq::train::batch::collate;
+use gpusq::train::batch::{collate, epoch};
 use gpusq::train::teacher_cache::{Uses, bytes};
-use gpusq::train::{Event, Recipe, State, fit};
+use gpusq::train::{Event, Recipe, State, Stepper, fit};
+
+/// Of one test at a time: others' memory would decide how much of a step comes from graphs.
+static GPU: Mutex<()> = Mutex::new(());
 
 /// 64 examples: the class is whether token 5 comes before token 6.
 fn data() -> Dataset {
@@ -197,6 +203,7 @@ fn a_resumed_run_has_the_bits_of_an_uninterrupted_one() {
 /// in different proportions.
 #[test]
 fn a_batch_that_is_computed_in_parts_trains_the_same() {
+    let _alone = GPU.lock().unwrap_or_else(|e| e.into_inner());
     let mut d = data();
     for (i, e) in d.examples.iter_mut().enumerate() {
         e.ids.extend(std::iter::repeat_n(9, i * i % 5));
@@ -253,6 +260,7 @@ fn kept(dir: &Path) -> Vec<std::path::PathBuf> {
 /// full, and with one whose files are damaged or in each other's places.
 #[test]
 fn a_teachers_cache_changes_no_bit() {
+    let _alone = GPU.lock().unwrap_or_else(|e| e.into_inner());
     let mut d = data();
     for (i, e) in d.examples.iter_mut().enumerate() {
         e.ids.extend(std::iter::repeat_n(9, i * i % 5));
@@ -552,6 +560,7 @@ fn models_are_discarded_of_finished_runs_only() {
 /// 50 steps of every stage: the loss curves of all devices are the CPU's to 1e-3 of the loss.
 #[test]
 fn every_device_has_the_cpus_loss_curve() {
+    let _alone = GPU.lock().unwrap_or_else(|e| e.into_inner());
     let devices = Device::all();
     let missing = devices.len() == 1 && std::env::var_os("GPUSQ_NEED_GPU").is_some();
     assert!(!missing, "GPUSQ_NEED_GPU is set: {:?}", Device::named("cuda").err());
@@ -585,6 +594,7 @@ fn every_device_has_the_cpus_loss_curve() {
 /// On every device, in every stage: what is computed again is what was computed, with dropout too.
 #[test]
 fn gradient_checkpointing_changes_no_bit() {
+    let _alone = GPU.lock().unwrap_or_else(|e| e.into_inner());
     let d = data();
     let kept = Fit { max_steps: Some(6), log_every: 1, ..settings(1, 1e-3) };
     assert!(kept.dropout.is_none() && dense().spec.encoder.unwrap().dropout.attention > 0.0, "with dropout");
@@ -607,11 +617,75 @@ fn gradient_checkpointing_changes_no_bit() {
     }
 }
 
+/// Every stage in f32 and bf16, with dropout, batches in parts, of several lengths, padded and not, and new masks on the
+/// way: a GPU's steps from graphs have the bits of those that are launched, which a resumed run does at first.
+#[test]
+fn steps_from_graphs_have_the_bits_of_others() {
+    let _alone = GPU.lock().unwrap_or_else(|e| e.into_inner());
+    let devices = Device::all();
+    let missing = devices.len() == 1 && std::env::var_os("GPUSQ_NEED_GPU").is_some();
+    assert!(!missing, "GPUSQ_NEED_GPU is set: {:?}", Device::named("cuda").err());
+    let mut d = data();
+    for (i, e) in d.examples.iter_mut().enumerate() {
+        e.ids.extend(std::iter::repeat_n(4, i / 4 % 3));
+        e.types = vec![0; e.ids.len()];
+    }
+    const STEPS: usize = 60;
+    const MASKS: usize = 7;
+    let teacher = dense();
+    let sparse = pruned(&teacher, &d, "magnitude");
+    let mut fake = sparse.clone();
+    calibrate(&mut fake, &samples(&d), &calibration(&Config::default().quantize), Compute::CPU).unwrap();
+    let constant = Fit { max_steps: Some(STEPS), log_every: 1, warmup: 0.0, ..settings(100, 1e-3) };
+    let whole = Fit { schedule: Schedule::Constant, ..constant };
+    let halves = Fit { micro_batch_size: Some(4), ..whole.clone() };
+    for &device in &devices[1..] {
+        for (start, mix, teacher, element, f) in [
+            (&teacher, Mix::HARD, None, DType::Bf16, &whole),
+            (&sparse, MIX, Some(&teacher), DType::F32, &whole),
+            (&sparse, MIX, Some(&teacher), DType::Bf16, &halves),
+            (&fake, MIX, Some(&sparse), DType::F32, &halves),
+            (&fake, MIX, Some(&sparse), DType::Bf16, &whole),
+        ] {
+            let compute = Compute { device, element, tf32: false };
+            let how = Recipe { compute, mask_update_every: MASKS, ..recipe(f, mix, teacher) };
+            let mut student = start.clone();
+            let report = fit(&mut student, &d, &how, State::default(), &mut |_| {}).unwrap();
+            // The first steps of a new stepper are launched.
+            let mut launched = start.clone();
+            launched.params = launched.params.to(device);
+            let mut moments = BTreeMap::new();
+            for step in 0..STEPS {
+                let order = epoch(&d.examples, f, how.seed, step / 8);
+                let batch = collate(&d.examples, &order[step % 8], d.head, how.pad);
+                let parts = batch.parts(0, 1, f.micro_batch_size.unwrap_or(8), teacher.is_some());
+                let stepper = Stepper::new(&launched, &how).unwrap();
+                let terms = stepper.step(&mut launched, &mut moments, &parts, step, f.learning_rate).unwrap();
+                let what = format!("{compute}, {:?}, step {step}", start.stage);
+                assert_eq!(terms, report.curve[step].terms, "{what}");
+                if (step + 1) % MASKS == 0 {
+                    for (_, w) in launched.params.iter_mut() {
+                        if let Weight::Masked { value, mask } | Weight::Fake { value, mask, .. } = w {
+                            let (host, mut chosen) = (value.to(Device::Cpu), mask.to(Device::Cpu));
+                            mask_rows(host.f32(), host.width(), Pattern::TWO_FOUR, chosen.u8_mut());
+                            *mask = chosen.to(device);
+                        }
+                    }
+                }
+            }
+            assert!(student.params == launched.params.to(Device::Cpu), "{compute}, {:?}", start.stage);
+            println!("{compute}, {:?}: {} of {STEPS} steps from graphs", start.stage, report.replayed);
+            assert!(report.replayed > STEPS / 2, "{} of {STEPS} steps", report.replayed);
+        }
+    }
+}
+
 /// bf16 with widths that neither tensor cores nor 16-byte loads like, and with one that they do: every stage's first
 /// losses are those of f32 but for rounding, and all stay finite. The width that four does not divide leaves weights
 /// dense.
 #[test]
 fn odd_and_even_widths_train_in_bf16() {
+    let _alone = GPU.lock().unwrap_or_else(|e| e.into_inner());
     let devices = Device::all();
     let missing = devices.len() == 1 && std::env::var_os("GPUSQ_NEED_GPU").is_some();
     assert!(!missing, "GPUSQ_NEED_GPU is set: {:?}", Device::named("cuda").err());

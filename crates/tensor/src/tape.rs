@@ -5,7 +5,7 @@
 //! goes. An inference tape records nothing, so that teacher and evaluation passes keep no activations.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 
 use crate::cpu::ahead;
 use crate::cuda::reduce::{self, Sums};
@@ -49,8 +49,8 @@ impl Var {
 /// Gradients by tape position, filled by [`Tape::backward`].
 pub struct Grads {
     slots: Vec<Option<Tensor>>,
-    /// Column sums of gradients that came with them.
-    sums: HashMap<usize, Sums>,
+    /// Column sums of gradients that came with them. Ordered, so that memory is freed in one order.
+    sums: BTreeMap<usize, Sums>,
     /// Those of the gradient that is being handed on.
     known: Option<Sums>,
     /// Gradients that are sums not made yet, and the positions they are of.
@@ -401,7 +401,7 @@ impl Tape {
         let mut nodes = self.nodes.into_inner();
         let mut grads = Grads {
             slots: vec![None; nodes.len()],
-            sums: HashMap::new(),
+            sums: BTreeMap::new(),
             known: None,
             unmade: Vec::new(),
             waiting: HashSet::new(),

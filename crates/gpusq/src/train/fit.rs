@@ -1,8 +1,10 @@
 //! The training loop.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
+use gpusq_tensor::cuda::Replay;
 use gpusq_tensor::ops::add::accumulate;
 use gpusq_tensor::ops::masked::MaskGradient;
 use gpusq_tensor::{AdamW, Device, Group, Moments, Slot, Tape, Tensor, Update};
@@ -104,6 +106,8 @@ pub struct Report {
     pub curve: Vec<Point>,
     /// How often the teacher's cache was used, if there is one.
     pub cache: Option<Uses>,
+    /// How many steps a GPU did from graphs.
+    pub replayed: usize,
 }
 
 /// Gradients by weight's name, each with that of its step sizes if it has some.
@@ -203,9 +207,19 @@ pub struct Stepper<'a> {
     pub(super) quiet: Tape,
     pub(super) teacher: Option<(&'a Model, Bound)>,
     cache: Option<TeacherCache>,
+    /// Where steps are replayed from graphs: one process on a GPU that computes its teacher's outputs itself.
+    replay: Option<RefCell<Replay<Shape>>>,
     pub(super) gradient: MaskGradient,
     /// Those of a pipeline, by rank; none where each process has the whole model.
     sections: Vec<Section>,
+}
+
+/// What decides what a step asks of a GPU: of each part its sequences, their length, and whether some are padded.
+type Shape = Vec<(usize, usize, bool)>;
+
+fn shape(parts: &[MicroBatch]) -> Shape {
+    let tokens = parts.iter().map(|p| &p.batch.inputs.tokens);
+    tokens.map(|t| (t.batch, t.length, t.mask.is_some())).collect()
 }
 
 /// Is told what the names of a block's weights begin with when their gradients are there.
@@ -251,8 +265,14 @@ impl<'a> Stepper<'a> {
         let section = sections.get(how.group.rank());
         let bound = |t: &Model| Bound::new(&quiet, &own(section, &t.params), MaskGradient::Kept, how.compute);
         let teacher = how.teacher.map(|t| (t, bound(t)));
+        let replay = match how.compute.device {
+            Device::Cuda(gpu) if how.group.size() == 1 && cache.is_none() => {
+                Some(RefCell::new(Replay::new(gpu)))
+            }
+            _ => None,
+        };
         let gradient = if how.mask_update_every > 0 { MaskGradient::All } else { MaskGradient::Kept };
-        Ok(Stepper { how, spec, frozen, quiet, teacher, cache, gradient, sections })
+        Ok(Stepper { how, spec, frozen, quiet, teacher, cache, replay, gradient, sections })
     }
 
     /// Of `params` those that this process trains: all, or those of its section.
@@ -274,32 +294,13 @@ impl<'a> Stepper<'a> {
         step: usize,
         lr: f64,
     ) -> Result<Terms> {
-        let (how, o) = (self.how, self.how.optimizer);
-        let section = self.sections.get(how.group.rank());
-        let (mut losses, gradients) = how.compute.training(|| match section {
-            Some(section) => self.through_pipeline(section, student, parts, step),
-            None => self.of_parts(student, parts, step),
-        })?;
-        let adam = AdamW {
-            learning_rate: lr as f32,
-            beta1: o.beta1 as f32,
-            beta2: o.beta2 as f32,
-            eps: o.eps as f32,
-            step: step as u32 + 1,
-            max_norm: o.max_grad_norm.map(|max| max as f32),
+        let how = self.how;
+        let mut whole = || self.terms_and_norm(student, moments, parts, step, lr);
+        let done = match &self.replay {
+            Some(replay) => replay.borrow_mut().run(shape(parts), whole),
+            None => whole(),
         };
-        let mut slots = self.slots(student, moments, &gradients, lr);
-        let squares = match section {
-            None => None,
-            // Gradients are of this section alone, and their norm is of all.
-            Some(_) => {
-                let mut squares = AdamW::squares(how.compute.device, &mut slots);
-                how.group.sum(&mut losses.values().chain([&mut squares]).collect::<Vec<_>>())?;
-                Some(squares)
-            }
-        };
-        let norm = adam.step_of(losses.total(), squares.as_ref(), &mut slots);
-        let (terms, norm) = losses.terms_beside(&norm);
+        let (terms, norm) = done?;
         let finished = how.compute.device.check();
         // Whoever is lost explains what else went wrong.
         how.group.check()?;
@@ -325,9 +326,51 @@ impl<'a> Stepper<'a> {
         Err(Error::Mismatch(format!(
             "{what} at step {}; lower the learning rate (now {}) or raise the warm-up{}",
             step + 1,
-            o.learning_rate,
+            how.optimizer.learning_rate,
             if how.checkpoint.is_some() { "; the last saved state is kept" } else { "" }
         )))
+    }
+
+    /// How many steps a GPU did from graphs.
+    pub fn replayed(&self) -> usize {
+        self.replay.as_ref().map_or(0, |r| r.borrow().replayed())
+    }
+
+    /// [`Stepper::step`] without looking at what came out: the loss, and the gradient's norm. Waits for a GPU at its end.
+    fn terms_and_norm(
+        &self,
+        student: &mut Model,
+        moments: &mut BTreeMap<String, Moments>,
+        parts: &[MicroBatch],
+        step: usize,
+        lr: f64,
+    ) -> Result<(Terms, f32)> {
+        let (how, o) = (self.how, self.how.optimizer);
+        let section = self.sections.get(how.group.rank());
+        let (mut losses, gradients) = how.compute.training(|| match section {
+            Some(section) => self.through_pipeline(section, student, parts, step),
+            None => self.of_parts(student, parts, step),
+        })?;
+        let adam = AdamW {
+            learning_rate: lr as f32,
+            beta1: o.beta1 as f32,
+            beta2: o.beta2 as f32,
+            eps: o.eps as f32,
+            step: step as u32 + 1,
+            max_norm: o.max_grad_norm.map(|max| max as f32),
+        };
+        let mut slots = self.slots(student, moments, &gradients, lr);
+        let squares = match section {
+            None => None,
+            // Gradients are of this section alone, and their norm is of all.
+            Some(_) => {
+                let mut squares = AdamW::squares(how.compute.device, &mut slots);
+                how.group.sum(&mut losses.values().chain([&mut squares]).collect::<Vec<_>>())?;
+                Some(squares)
+            }
+        };
+        let norm = adam.step_of(losses.total(), squares.as_ref(), &mut slots);
+        Ok(losses.terms_beside(&norm))
     }
 
     /// What the student computes `part` of the batch of step `step` on.
@@ -549,7 +592,13 @@ pub fn fit(
         how.group.broadcast(&mut student.params.tensors_mut())?;
     }
     let p = state.progress;
-    Ok(Report { steps: p.step, curve: p.curve, cache: stepper.cache.as_ref().map(TeacherCache::uses) })
+    let replayed = stepper.replayed();
+    Ok(Report {
+        steps: p.step,
+        curve: p.curve,
+        cache: stepper.cache.as_ref().map(TeacherCache::uses),
+        replayed,
+    })
 }
 
 fn mean(terms: &[Terms]) -> Terms {
@@ -564,7 +613,9 @@ fn update_masks(model: &mut Model) {
         if let Weight::Masked { value, mask } | Weight::Fake { value, mask, .. } = w {
             let (host, mut chosen) = (value.to(Device::Cpu), mask.to(Device::Cpu));
             mask_rows(host.f32(), host.width(), Pattern::TWO_FOUR, chosen.u8_mut());
-            *mask = chosen.to(value.device());
+            // The old one's memory is free before the new one takes some: it gets the same, as graphs have it.
+            *mask = chosen;
+            *mask = mask.to(value.device());
         }
     }
 }

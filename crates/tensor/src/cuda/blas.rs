@@ -91,6 +91,55 @@ pub(crate) struct Product<'a> {
     pub(crate) bias: Option<&'a Tensor>,
 }
 
+/// A [`Product`] by its addresses, as it is asked of cuBLASLt.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) struct Call {
+    shape: Shape,
+    a: u64,
+    b: u64,
+    c: u64,
+    /// 0 without one.
+    bias: u64,
+    alpha: Alpha,
+    beta: f32,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Alpha {
+    Host(f32),
+    Gpu(u64),
+}
+
+impl Call {
+    pub(super) fn of(p: &Product) -> Call {
+        assert_eq!(p.a.dtype, p.b.dtype, "operands of a product");
+        let shape = Shape {
+            m: p.m,
+            n: p.n,
+            k: p.k,
+            a: (p.a.stride, p.a.transposed),
+            b: (p.b.stride, p.b.transposed),
+            c: p.c.stride,
+            accumulate: p.beta != 0.0,
+            on_gpu: matches!(p.alpha, Factor::Gpu(_)),
+            bias: p.bias.is_some(),
+            dtypes: (p.a.dtype, p.c.dtype),
+            tf32: p.a.dtype == DType::F32 && TF32.get(),
+            alignment: [p.a, p.b, p.c]
+                .iter()
+                .fold(256, |all, o| all.min(1 << o.address().trailing_zeros().min(8))),
+        };
+        let alpha = match p.alpha {
+            Factor::Host(alpha) => Alpha::Host(alpha),
+            Factor::Gpu(t) => Alpha::Gpu(t.memory().at),
+        };
+        // Of memory that was not had there is no part either.
+        let address = |o: &Operand| if o.memory.at == 0 { 0 } else { o.address() };
+        let bias = p.bias.map_or(0, |b| b.memory().at);
+        Call { shape, a: address(&p.a), b: address(&p.b), c: address(&p.c), bias, alpha, beta: p.beta }
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Shape {
     m: usize,
@@ -172,25 +221,9 @@ impl Blas {
         Ok(Blas { handle, zero_and_one, plans: Mutex::default() })
     }
 
-    pub(super) fn multiply(&self, gpu: Gpu, p: &Product) -> Result<(), CudaError> {
+    pub(super) fn multiply(&self, gpu: Gpu, call: &Call) -> Result<(), CudaError> {
         // cuBLASLt counts columns first, so the row-major product is asked for as c^T = b^T a^T.
-        let shape = Shape {
-            m: p.m,
-            n: p.n,
-            k: p.k,
-            a: (p.a.stride, p.a.transposed),
-            b: (p.b.stride, p.b.transposed),
-            c: p.c.stride,
-            accumulate: p.beta != 0.0,
-            on_gpu: matches!(p.alpha, Factor::Gpu(_)),
-            bias: p.bias.is_some(),
-            dtypes: (p.a.dtype, p.c.dtype),
-            tf32: p.a.dtype == DType::F32 && TF32.get(),
-            alignment: [p.a, p.b, p.c]
-                .iter()
-                .fold(256, |all, o| all.min(1 << o.address().trailing_zeros().min(8))),
-        };
-        assert_eq!(p.a.dtype, p.b.dtype, "operands of a product");
+        let Call { shape, a, b, c, bias, alpha, beta } = *call;
         let mut plans = lock(&self.plans);
         let plan = match plans.entry(shape) {
             Entry::Occupied(known) => known.into_mut(),
@@ -198,23 +231,22 @@ impl Blas {
                 place.insert(self.plan(&shape).map_err(|e| failed(gpu, "plan a matrix product", e))?)
             }
         };
-        if p.a.memory.at == 0 || p.b.memory.at == 0 || p.c.memory.at == 0 {
+        if a == 0 || b == 0 || c == 0 {
             return Ok(());
         }
         let workspace = gpu.lane().workspace(gpu, WORKSPACE)?;
-        let bias = p.bias.map_or(0, |b| b.memory().at);
-        let (alpha, beta) = match p.alpha {
-            Factor::Host(ref alpha) => ((&raw const *alpha).cast(), (&raw const p.beta).cast()),
-            Factor::Gpu(t) => {
-                assert!(p.beta == 0.0 || p.beta == 1.0, "a factor of {} for what is there", p.beta);
-                let beta = self.zero_and_one + p.beta as u64 * size_of::<f32>() as u64;
-                (t.memory().at as *const c_void, beta as *const c_void)
+        let (alpha, beta) = match alpha {
+            Alpha::Host(ref alpha) => ((&raw const *alpha).cast(), (&raw const beta).cast()),
+            Alpha::Gpu(at) => {
+                assert!(beta == 0.0 || beta == 1.0, "a factor of {beta} for what is there");
+                let beta = self.zero_and_one + beta as u64 * size_of::<f32>() as u64;
+                (at as *const c_void, beta as *const c_void)
             }
         };
         // SAFETY: descriptors live as long as the plan, which the lock keeps for this call, and the bias' address is a
         // pointer; the operands are live memory of this stream.
         unsafe {
-            if p.bias.is_some() {
+            if shape.bias {
                 result::set_matmul_desc_attribute(
                     plan.description,
                     sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER,
@@ -228,13 +260,13 @@ impl Blas {
                 plan.description,
                 alpha,
                 beta,
-                p.b.address() as *const c_void,
+                b as *const c_void,
                 plan.a,
-                p.a.address() as *const c_void,
+                a as *const c_void,
                 plan.b,
-                p.c.address() as *const c_void,
+                c as *const c_void,
                 plan.c,
-                p.c.address() as *mut c_void,
+                c as *mut c_void,
                 plan.c,
                 &plan.algorithm,
                 workspace as *mut c_void,

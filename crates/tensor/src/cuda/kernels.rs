@@ -160,11 +160,17 @@ fn compiler_version() -> String {
     format!("nvrtc {major}.{minor}")
 }
 
+/// The driver's interface, as CUDA numbers it (12030 is 12.3).
+pub(super) fn driver_version() -> i32 {
+    let mut version = 0;
+    // SAFETY: writes an integer.
+    unsafe { driver::cuDriverGetVersion(&mut version) };
+    version
+}
+
 /// Versions of the driver's interface and of the kernel compiler, once a GPU was opened.
 pub fn versions() -> String {
-    let mut driver = 0;
-    // SAFETY: writes an integer.
-    unsafe { driver::cuDriverGetVersion(&mut driver) };
+    let driver = driver_version();
     format!("CUDA driver {}.{}, {}", driver / 1000, driver % 1000 / 10, compiler_version())
 }
 

@@ -11,6 +11,7 @@ mod kernels;
 pub(crate) mod nccl;
 mod pool;
 pub(crate) mod reduce;
+mod replay;
 mod stream;
 mod tensor_map;
 
@@ -18,7 +19,7 @@ use std::cell::Cell;
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::hash::{Hash, Hasher};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock};
 use std::{fmt, ptr};
 
 use rayon::prelude::*;
@@ -30,10 +31,13 @@ pub use arena::{Arena, Layout, Pinned};
 pub use blas::with_tf32;
 pub(crate) use kernels::{Source, Variant, source};
 pub use kernels::{cache_folder, fnv, versions, write_cached};
+pub use replay::Replay;
 pub use stream::{Graph, Stream};
 
 use blas::Blas;
+use blas::Call;
 use pool::Pool;
+use replay::Work;
 use stream::Lane;
 
 /// GPUs with an ordinal beyond this are not opened.
@@ -125,6 +129,8 @@ struct Inner {
     modules: Mutex<HashMap<Variant, Module>>,
     blas: OnceLock<Blas>,
     pool: Mutex<Pool>,
+    /// Who may ask something of the main stream ([`replay::turn`]).
+    passes: RwLock<()>,
 }
 
 struct Module {
@@ -181,6 +187,7 @@ impl Gpu {
             modules: Mutex::default(),
             blas: OnceLock::new(),
             pool: Mutex::default(),
+            passes: RwLock::default(),
         };
         // A process has one of these for each GPU, until it ends.
         let gpu = Gpu(Box::leak(Box::new(inner)));
@@ -240,6 +247,7 @@ impl Gpu {
     /// out-of-memory the GPU works again; after a fault in a kernel the driver refuses all further work
     /// ([`CudaError::Fault`]).
     pub fn check(self) -> Result<(), CudaError> {
+        replay::end(self);
         self.attempt("finish", |gpu| gpu.lane().synchronize());
         self.lane().take_failure().map_or(Ok(()), Err)
     }
@@ -258,6 +266,7 @@ impl Gpu {
         if self.failed() {
             return false;
         }
+        let _turn = replay::turn(self);
         match self.bind().and_then(|()| f(self)) {
             Ok(()) => true,
             Err(e) => {
@@ -294,6 +303,7 @@ impl Gpu {
             stream::current(self).is_none(),
             "memory is allocated before a stream is used, not while it is"
         );
+        let _turn = replay::turn(self);
         let mut pool = lock(&self.0.pool);
         let class = match pool.take(bytes) {
             Ok(at) => return memory(at),
@@ -307,7 +317,10 @@ impl Gpu {
             other => other,
         };
         let e = match got {
-            Ok(at) => return memory(at),
+            Ok(at) => {
+                pool.made(at);
+                return memory(at);
+            }
             Err(e) => e,
         };
         pool.give(bytes, None);
@@ -331,6 +344,8 @@ impl Gpu {
 
     /// Hands memory that nobody uses back to the driver, for those who do not allocate through the pool.
     fn reclaim(self, pool: &mut Pool) -> Result<(), DriverError> {
+        // A graph that is still to be launched may use it.
+        replay::end(self);
         self.0.main.synchronize()?;
         for at in pool.drain() {
             // SAFETY: nobody uses it, and all work that did is done.
@@ -355,6 +370,18 @@ impl Gpu {
 
     /// A copy of `data` on the GPU.
     pub(crate) fn upload<T: Plain>(self, data: &[T]) -> Memory {
+        self.upload_of(data, data.len())
+    }
+
+    /// [`Gpu::upload`] of `data` that is longer, up to `most` elements, when the same is asked for again ([`Replay`]).
+    pub(crate) fn upload_of<T: Plain>(self, data: &[T], most: usize) -> Memory {
+        // SAFETY: numbers are bytes.
+        let bytes = unsafe { std::slice::from_raw_parts(data.as_ptr().cast::<u8>(), size_of_val(data)) };
+        if !data.is_empty()
+            && let Some(memory) = replay::upload(self, bytes, most * size_of::<T>())
+        {
+            return memory;
+        }
         let memory = self.allocate(size_of_val(data));
         if memory.at != 0 {
             // SAFETY: `memory` has the size of `data`; pageable host memory is read before the call returns.
@@ -392,16 +419,17 @@ impl Gpu {
         if grid.blocks.contains(&0) || self.failed() {
             return;
         }
+        let work =
+            || Work::Launch { variant: source.clone(), name, grid, arguments: arguments.to_vec(), early };
+        if replay::takes(self, work) {
+            return;
+        }
         let function = match self.function(source, name) {
             Ok(f) => f,
             Err(e) => return self.fail(e),
         };
         let mut values: Vec<u64> = arguments.iter().map(|a| a.bits()).collect();
-        let place = |(a, v): (&Arg, &mut u64)| match a {
-            Arg::Map(map) => ptr::from_ref(map).cast_mut().cast(),
-            _ => ptr::from_mut(v).cast(),
-        };
-        let mut pointers: Vec<*mut c_void> = arguments.iter().zip(&mut values).map(place).collect();
+        let mut pointers: Vec<*mut c_void> = arguments.iter().zip(&mut values).map(Arg::place).collect();
         let [x, y, z] = grid.blocks;
         self.attempt(name, |gpu| {
             // SAFETY: each kernel's launcher sits beside its source and passes what it declares; every pointer
@@ -490,11 +518,35 @@ impl Gpu {
         if product.m == 0 || product.n == 0 || self.failed() {
             return;
         }
+        let call = Call::of(product);
+        if !replay::takes(self, || Work::Multiply(call)) {
+            self.multiply(&call);
+        }
+    }
+
+    fn multiply(self, call: &Call) {
         if !self.attempt("multiply matrices", |_| Ok(())) {
             return;
         }
-        if let Err(e) = self.blas().and_then(|blas| blas.multiply(self, product)) {
+        let _turn = replay::turn(self);
+        if let Err(e) = self.blas().and_then(|blas| blas.multiply(self, call)) {
             self.fail(e);
+        }
+    }
+
+    fn zero(self, at: u64, bytes: usize) {
+        // SAFETY: the range is an allocation, as whoever asked saw to.
+        self.attempt("clear memory", |gpu| unsafe { result::memset_d8_async(at, 0, bytes, gpu.stream()) });
+    }
+
+    fn copy(self, to: u64, from: u64, bytes: usize) {
+        // SAFETY: both ranges are within their allocations, as whoever asked saw to.
+        self.attempt("copy", |gpu| unsafe { result::memcpy_dtod_async(to, from, bytes, gpu.stream()) });
+    }
+
+    fn copied(self, to: u64, from: u64, bytes: usize) {
+        if !replay::takes(self, || Work::Copy { to, from, bytes }) {
+            self.copy(to, from, bytes);
         }
     }
 
@@ -635,11 +687,9 @@ impl Memory {
     }
 
     pub(crate) fn zero(&self) {
-        if self.at != 0 {
-            // SAFETY: the range is this allocation.
-            self.gpu.attempt("clear memory", |gpu| unsafe {
-                result::memset_d8_async(self.at, 0, self.bytes, gpu.stream())
-            });
+        let Memory { gpu, at, bytes, .. } = *self;
+        if at != 0 && !replay::takes(gpu, || Work::Zero { at, bytes }) {
+            gpu.zero(at, bytes);
         }
     }
 
@@ -647,10 +697,7 @@ impl Memory {
     pub(crate) fn put(&self, offset: usize, from: &Memory) {
         assert!(offset + from.bytes <= self.bytes, "{} bytes at {offset} of {}", from.bytes, self.bytes);
         if self.at != 0 && from.at != 0 {
-            // SAFETY: both ranges are within their allocations, as asserted.
-            self.gpu.attempt("copy", |gpu| unsafe {
-                result::memcpy_dtod_async(self.at + offset as u64, from.at, from.bytes, gpu.stream())
-            });
+            self.gpu.copied(self.at + offset as u64, from.at, from.bytes);
         }
     }
 
@@ -658,6 +705,7 @@ impl Memory {
     pub(crate) fn download<T: Plain>(&self) -> Vec<T> {
         let mut out = vec![T::default(); self.bytes / size_of::<T>()];
         if self.at != 0 {
+            replay::end(self.gpu);
             // SAFETY: `out` has the allocation's size, and any bytes make a `T`.
             self.gpu.attempt("copy from the GPU", |gpu| {
                 unsafe { result::memcpy_dtoh_async(&mut out, self.at, gpu.stream()) }?;
@@ -672,10 +720,7 @@ impl Clone for Memory {
     fn clone(&self) -> Self {
         let copy = self.gpu.allocate(self.bytes);
         if self.at != 0 && copy.at != 0 {
-            // SAFETY: both allocations have `bytes` bytes.
-            self.gpu.attempt("copy", |gpu| unsafe {
-                result::memcpy_dtod_async(copy.at, self.at, self.bytes, gpu.stream())
-            });
+            self.gpu.copied(copy.at, self.at, self.bytes);
         }
         copy
     }
@@ -713,7 +758,7 @@ unsafe impl Plain for i8 {}
 unsafe impl Plain for u8 {}
 
 /// Threads of a launch.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 pub(crate) struct Grid {
     pub(crate) blocks: [u32; 3],
     pub(crate) threads: u32,
@@ -743,7 +788,7 @@ impl Grid {
 }
 
 /// An argument of a kernel.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Arg {
     Pointer(u64),
     I32(i32),
@@ -767,6 +812,14 @@ impl Arg {
             Arg::Long(v) => v as u64,
             Arg::F32(v) => v.to_bits() as u64,
             Arg::Map(_) => 0,
+        }
+    }
+
+    /// Where the driver reads it; the second has its [`Arg::bits`].
+    fn place((argument, bits): (&Arg, &mut u64)) -> *mut c_void {
+        match argument {
+            Arg::Map(map) => ptr::from_ref(map).cast_mut().cast(),
+            _ => ptr::from_mut(bits).cast(),
         }
     }
 }

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use libloading::Library;
 
-use super::{CudaError, DriverError, Gpu, lock, result, sys};
+use super::{CudaError, DriverError, Gpu, lock, replay, result, sys};
 use crate::group::GroupError;
 use crate::{DType, Tensor};
 
@@ -317,6 +317,8 @@ impl Nccl {
         if gpu.failed() {
             return Ok(());
         }
+        replay::end(gpu);
+        let _turn = replay::turn(gpu);
         gpu.bind().map_err(|e| driver(gpu, e))?;
         let stream = if beside { self.side.stream } else { gpu.stream() };
         let order = if beside { self.side.follow(gpu) } else { self.side.join(gpu) };

@@ -11,6 +11,9 @@ const SMALLEST: usize = 512;
 #[derive(Default)]
 pub(super) struct Pool {
     free: HashMap<usize, Vec<CUdeviceptr>>,
+    /// The how-manieth from the driver each is.
+    age: HashMap<CUdeviceptr, usize>,
+    made: usize,
     used: usize,
     peak: usize,
 }
@@ -37,6 +40,20 @@ impl Pool {
         self.used -= class;
         if let Some(at) = at {
             self.free.entry(class).or_default().push(at);
+        }
+    }
+
+    /// The driver gave memory at `at`.
+    pub(super) fn made(&mut self, at: CUdeviceptr) {
+        self.age.insert(at, self.made);
+        self.made += 1;
+    }
+
+    /// Lets free memory be taken from the oldest on. Who takes and gives in one order after this gets the same memory
+    /// each time, whatever was free besides.
+    pub(super) fn settle(&mut self) {
+        for list in self.free.values_mut() {
+            list.sort_unstable_by_key(|at| std::cmp::Reverse(self.age.get(at)));
         }
     }
 
@@ -68,6 +85,33 @@ mod tests {
         assert_eq!(pool.peak(), 1536);
         pool.give(1020, Some(7));
         assert_eq!(pool.drain(), [7]);
+    }
+
+    #[test]
+    fn the_same_requests_get_the_same_memory_once_settled() {
+        let mut pool = Pool::default();
+        let mut next = 1000;
+        // Takes and gives in one order; `more` is taken besides.
+        let mut pass = |pool: &mut Pool, more: usize| {
+            pool.settle();
+            let mut take = |pool: &mut Pool| {
+                pool.take(512).unwrap_or_else(|_| {
+                    // Addresses do not rise with age.
+                    next -= 7;
+                    pool.made(next);
+                    next
+                })
+            };
+            let [a, b] = [0; 2].map(|_| take(pool));
+            pool.give(512, Some(a));
+            let c = take(pool);
+            let more: Vec<u64> = (0..more).map(|_| take(pool)).collect();
+            [c, b].into_iter().chain(more).for_each(|at| pool.give(512, Some(at)));
+            [a, b, c]
+        };
+        let first = pass(&mut pool, 0);
+        assert_eq!(pass(&mut pool, 3), first);
+        assert_eq!(pass(&mut pool, 0), first);
     }
 
     #[test]

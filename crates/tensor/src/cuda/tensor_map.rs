@@ -8,7 +8,7 @@ use cudarc::driver::sys;
 use super::{Arg, CudaError, Memory};
 
 /// What the copy engine has to know of a matrix: a kernel takes it by value (`const __grid_constant__ TensorMap`).
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 #[repr(C, align(64))]
 pub(crate) struct TensorMap([u64; 16]);
 

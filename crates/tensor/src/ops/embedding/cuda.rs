@@ -37,10 +37,18 @@ const ROWS: usize = 128;
 
 /// `sum[ids[t]] += factor * grad[t]`, in an order that depends on `ids` alone. The ids were checked in the lookup.
 pub(super) fn scatter(gpu: Gpu, grad: &Tensor, ids: &[u32], factor: f32, sum: &mut Tensor) {
+    scatter_of(gpu, grad, ids, ids.len(), factor, sum);
+}
+
+/// [`scatter`] where no id has more than `most` rows. What is launched depends on sizes alone, except for how many blocks:
+/// a pass that is replayed has other ids ([`crate::cuda::Replay`]).
+fn scatter_of(gpu: Gpu, grad: &Tensor, ids: &[u32], most: usize, factor: f32, sum: &mut Tensor) {
     // Parts are f32, so that what they go to must be too.
     let wide = sum.dtype() == DType::F32;
-    let Buckets { ids: of_parts, starts, order } = buckets(ids, if wide { ROWS } else { usize::MAX });
-    let distinct = of_parts.windows(2).all(|pair| pair[0] != pair[1]);
+    let in_parts = wide && most > ROWS;
+    // There may be fewer ids than rows: as many as these ids make.
+    let room = grad.rows();
+    let Buckets { ids: of_parts, starts, order } = buckets(ids, if in_parts { ROWS } else { usize::MAX });
     let add = |to: &Tensor, rows: &[u32], factor: f32| {
         let width = grad.width();
         // Columns of a block, as the kernel says.
@@ -48,7 +56,8 @@ pub(super) fn scatter(gpu: Gpu, grad: &Tensor, ids: &[u32], factor: f32, sum: &m
         let columns = if width.is_multiple_of(pack) { 32 * pack } else { 32 };
         let grid =
             Grid { blocks: [rows.len() as u32, width.div_ceil(columns) as u32, 1], threads: 256, shared: 0 };
-        let (rows, starts, order) = (gpu.upload(rows), gpu.upload(&starts), gpu.upload(&order));
+        let rows = gpu.upload_of(rows, room);
+        let (starts, order) = (gpu.upload_of(&starts, room + 1), gpu.upload_of(&order, room));
         let kernel = if wide { "scatter" } else { "scatter_activations" };
         gpu.launch(
             SOURCE.of(grad.dtype()),
@@ -65,13 +74,15 @@ pub(super) fn scatter(gpu: Gpu, grad: &Tensor, ids: &[u32], factor: f32, sum: &m
             ],
         );
     };
-    if distinct {
+    if !in_parts {
         sum.memory_mut();
         return add(sum, &of_parts, factor);
     }
-    let parts = Tensor::zeros_of(gpu, DType::F32, &[of_parts.len(), grad.width()]);
+    // As many as there can be.
+    let parts = sum.rows().min(room) + room / ROWS;
+    let parts = Tensor::zeros_of(gpu, DType::F32, &[parts, grad.width()]);
     add(&parts, &(0..of_parts.len() as u32).collect::<Vec<u32>>(), factor);
-    scatter(gpu, &parts, &of_parts, 1.0, sum);
+    scatter_of(gpu, &parts, &of_parts, most.div_ceil(ROWS), 1.0, sum);
 }
 
 struct Buckets {
