@@ -960,8 +960,8 @@ mod tests {
         assert_eq!((d.alpha, d.beta, d.temperature), (default.alpha, default.beta, default.temperature));
         let of = |f: &Fit| (f.learning_rate, f.epochs, f.batch_size);
         assert_eq!(of(&config.train.fit), (1e-4, 20, 32));
-        assert_eq!(of(&config.prune.fit), (2e-4, 16, 32));
-        assert_eq!(of(&config.quantize.fit), (1e-4, 6, 32));
+        assert_eq!(of(&config.prune.fit), (2e-4, 24, 32));
+        assert_eq!(of(&config.quantize.fit), (2e-4, 10, 32));
     }
 
     /// The paper's table 6: name, learning rate, epochs, batch per GPU, GPUs.

@@ -73,7 +73,7 @@ checkpoint_every = 200
 calibration_examples = 128
 ",
     },
-    // Measured in results/2026-11-27-h200-minilm-squad-features.
+    // Measured in results/2026-11-27-h200-minilm.
     Preset {
         name: "minilm-squad",
         doc: "a model of MiniLM's size on 10,000 questions of SQuAD 1.1, trained long and with a large feature loss",
@@ -85,10 +85,10 @@ learning_rate = 1e-4
 epochs = 20
 [prune]
 learning_rate = 2e-4
-epochs = 16
+epochs = 24
 [quantize]
-learning_rate = 1e-4
-epochs = 6
+learning_rate = 2e-4
+epochs = 10
 [distill]
 gamma = 30.0
 attention_features = true
