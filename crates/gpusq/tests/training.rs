@@ -426,16 +426,23 @@ fn a_pipeline_trains_as_one_process_does() {
                         assert!(pairs.iter().all(|(a, b)| near(*a, *b)), "{what}: {got:?}, alone {want:?}");
                     }
                     assert_eq!(terms.len(), 12);
+                    // A code that crosses a tie moves the weights behind it; no step moves one further than the rate.
+                    let (mut far, mut all) = (0, 0);
                     let same = params.iter().zip(want.iter()).all(|(a, b)| match (a.1, b.1) {
                         _ if max_grad_norm.is_none() => a == b,
                         (Weight::Dense(x), Weight::Dense(y))
                         | (Weight::Masked { value: x, .. }, Weight::Masked { value: y, .. })
                         | (Weight::Fake { value: x, .. }, Weight::Fake { value: y, .. }) => {
-                            x.f32().iter().zip(y.f32()).all(|(x, y)| (x - y).abs() < 2e-4)
+                            let apart = || x.f32().iter().zip(y.f32()).map(|(x, y)| (x - y).abs());
+                            far += apart().filter(|d| *d >= 2e-4).count();
+                            all += x.len();
+                            apart().all(|d| d < 12.0 * 1e-3)
                         }
                         _ => false,
                     });
+                    let allowed = if start.stage == Stage::Quantized { all / 20 } else { 0 };
                     assert!(same && params.len() == want.len(), "{what}");
+                    assert!(far <= allowed, "{what}: {far} of {all} weights differ");
                 }
                 // One process goes on from what the pipeline saved at step 10.
                 let mut again = start.clone();

@@ -332,9 +332,9 @@ impl Gpu {
     /// Why the driver did not do `what`, for which `bytes` were needed as far as is known.
     fn refused(self, what: &str, bytes: usize, e: DriverError) -> CudaError {
         let (ordinal, what) = (self.0.ordinal, what.into());
+        let (free, total) = result::mem_get_info().unwrap_or((0, 0));
         match e.0 {
-            EXHAUSTED => {
-                let (free, total) = result::mem_get_info().unwrap_or((0, 0));
+            code if code == EXHAUSTED || (code == UNNAMED && total > 0 && free < SCARCE) => {
                 CudaError::OutOfMemory { ordinal, asked: bytes, free, total, remedy: "lower the batch size" }
             }
             code if FAULTS.contains(&code) => CudaError::Fault { ordinal, what, reason: reason(e) },
@@ -564,6 +564,11 @@ impl Gpu {
 
 /// What the driver says when memory is used up.
 const EXHAUSTED: sys::CUresult = sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY;
+
+/// What a driver (580) may call it if a kernel's first launch finds no memory for its code, and the memory below which it
+/// is taken for that.
+const UNNAMED: sys::CUresult = sys::CUresult::CUDA_ERROR_UNKNOWN;
+const SCARCE: usize = 32 << 20;
 
 /// What it says of kernels and hardware that failed, from when on it says nothing else.
 const FAULTS: [sys::CUresult; 11] = [
