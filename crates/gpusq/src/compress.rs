@@ -373,11 +373,16 @@ impl Run<'_> {
                 watch(Event::Train(e));
             })?;
             kept?;
-            if let Some(Uses { read, written }) = report.cache {
-                let n = read + written;
+            if let Some(Uses { read, written, lost, why }) = report.cache {
+                let n = read + written + lost;
                 watch(Event::Note(&format!(
                     "{name}: {read} of {n} outputs of the teacher were in the cache"
                 )));
+                if let Some(why) = why {
+                    watch(Event::Note(&format!(
+                        "{name}: {lost} outputs of the teacher were computed and not kept, the first because {why}"
+                    )));
+                }
             }
             if model.stage == Stage::Quantized {
                 // The packed model keeps large dense weights in f16; rounding them here makes its scores this

@@ -301,7 +301,8 @@ fn a_teachers_cache_changes_no_bit() {
                 let same = |what: &str, read: usize, written: usize| {
                     let (got, uses) = run(Some(&dir), &f);
                     assert!(got == want, "{compute}, {:?}: {what}", start.stage);
-                    assert_eq!(uses, Some(Uses { read, written }), "{compute}, {:?}: {what}", start.stage);
+                    let expected = Uses { read, written, ..Uses::default() };
+                    assert_eq!(uses, Some(expected), "{compute}, {:?}: {what}", start.stage);
                 };
                 // Of an epoch: six batches of ten in two parts, and one of four.
                 let (parts, all) = (13, 3 * 13);
@@ -325,11 +326,27 @@ fn a_teachers_cache_changes_no_bit() {
                 assert_eq!(files.iter().filter(damaged).count(), 4);
                 let (got, uses) = run(Some(&dir), &f);
                 assert!(got == want, "{compute}, {:?}: files are damaged", start.stage);
-                assert_eq!(uses, Some(Uses { read: all - 4, written: 4 }));
+                assert_eq!(uses, Some(Uses { read: all - 4, written: 4, ..Uses::default() }));
                 same("they were written again", all, 0);
+                // What cannot be written, as on a full disk, costs time alone.
+                for f in &files[..2] {
+                    std::fs::remove_file(f).unwrap();
+                    std::fs::create_dir(f).unwrap();
+                }
+                let (got, uses) = run(Some(&dir), &f);
+                assert!(got == want, "{compute}, {:?}: files cannot be written", start.stage);
+                let Uses { read, written, lost, why } = uses.unwrap();
+                // Each once in an epoch.
+                assert_eq!((read, written, lost), (all - 6, 0, 6));
+                assert!(why.unwrap().contains(files[0].parent().unwrap().to_str().unwrap()));
+                files[..2].iter().for_each(|f| std::fs::remove_dir(f).unwrap());
+                assert_eq!(
+                    run(Some(&dir), &f).1,
+                    Some(Uses { read: all - 2, written: 2, ..Uses::default() })
+                );
                 // New batches in every epoch.
                 let (_, uses) = run(Some(&dir), &Fit { fixed_batches: false, ..f.clone() });
-                assert_eq!(uses, Some(Uses { read: parts, written: all - parts }));
+                assert_eq!(uses, Some(Uses { read: parts, written: all - parts, ..Uses::default() }));
             }
             // Nobody else's outputs.
             let mut changed = teacher.clone();

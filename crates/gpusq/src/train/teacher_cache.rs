@@ -6,7 +6,7 @@
 //! Outputs of an example depend on its batch in their last bits (sums over padding, kernels chosen by size), so a part is
 //! found again only as it was: that is why training with a cache has the bits of training without.
 
-use std::cell::Cell;
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -33,12 +33,16 @@ const OF: &str = "of";
 const INPUTS: &str = "inputs_crc32";
 
 /// How often a cache was used.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Uses {
     /// Parts of batches whose outputs were read.
     pub read: usize,
     /// Parts whose outputs were computed and written.
     pub written: usize,
+    /// Parts whose outputs were computed and could not be written: the disk is full, for example.
+    pub lost: usize,
+    /// Why the first of them could not.
+    pub why: Option<String>,
 }
 
 /// The outputs of one teacher.
@@ -47,7 +51,7 @@ pub(super) struct TeacherCache {
     /// What decides the outputs, besides the inputs.
     of: String,
     device: Device,
-    uses: Cell<Uses>,
+    uses: RefCell<Uses>,
 }
 
 impl TeacherCache {
@@ -72,18 +76,18 @@ impl TeacherCache {
         digest.text(&of);
         let folder = dir.join(format!("{:016x}", digest.value()));
         std::fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
-        Ok(TeacherCache { folder, of, device: compute.device, uses: Cell::default() })
+        Ok(TeacherCache { folder, of, device: compute.device, uses: RefCell::default() })
     }
 
     pub(super) fn uses(&self) -> Uses {
-        self.uses.get()
+        self.uses.borrow().clone()
     }
 
     /// What the loss reads of the teacher's outputs for `inputs`, as constants on `tape`: from disk, or what `compute`
-    /// gives, which is kept there.
+    /// gives, which is kept there. A file that is damaged is written again; one that cannot be written is counted.
     ///
     /// # Errors
-    /// A file that cannot be read or written. One that is damaged is written again.
+    /// A GPU that failed.
     pub(super) fn outputs(
         &self,
         tape: &Tape,
@@ -92,10 +96,8 @@ impl TeacherCache {
     ) -> Result<Output> {
         let (key, sum) = digest_inputs(inputs);
         let path = self.folder.join(format!("{key:016x}.safetensors"));
-        let mut uses = self.uses.get();
-        if let Some(kept) = self.read(&path, &sum)? {
-            uses.read += 1;
-            self.uses.set(uses);
+        if let Some(kept) = self.read(&path, &sum) {
+            self.uses.borrow_mut().read += 1;
             let mut taps: BTreeMap<_, _> =
                 kept.into_iter().map(|(name, t)| (name, tape.constant(t.to(self.device)))).collect();
             let logits = taps.remove(LOGITS).expect("looked for when it was read");
@@ -109,28 +111,26 @@ impl TeacherCache {
         // A GPU that failed left zeros.
         self.device.check()?;
         let metadata = [(OF.to_string(), self.of.clone()), (INPUTS.to_string(), sum)];
-        write_checksummed(&path, &all, &metadata.into())?;
-        uses.written += 1;
-        self.uses.set(uses);
+        let mut uses = self.uses.borrow_mut();
+        match write_checksummed(&path, &all, &metadata.into()) {
+            Ok(()) => uses.written += 1,
+            // Training goes on without what would only have saved time.
+            Err(e) => {
+                uses.lost += 1;
+                uses.why.get_or_insert_with(|| e.to_string());
+            }
+        }
         Ok(out)
     }
 
     /// The tensors in `path`; `None` if there is no such file, or not as it was written, or one of other inputs.
-    fn read(&self, path: &Path, sum: &str) -> Result<Option<BTreeMap<String, Tensor>>> {
-        let whole = || -> Result<Option<BTreeMap<String, Tensor>>> {
-            let file = Checkpoint::open_file(path)?;
-            let says = |key: &str, value: &str| file.metadata().get(key).is_some_and(|v| v == value);
-            if !says(OF, &self.of) || !says(INPUTS, sum) || file.info(LOGITS).is_none() {
-                return Ok(None);
-            }
-            let all: Result<_> = file.names().map(|name| Ok((name.to_string(), file.raw(name)?))).collect();
-            all.map(Some)
-        };
-        match whole() {
-            Err(Error::File { .. } | Error::Tensor { .. }) => Ok(None),
-            Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            other => other,
+    fn read(&self, path: &Path, sum: &str) -> Option<BTreeMap<String, Tensor>> {
+        let file = Checkpoint::open_file(path).ok()?;
+        let says = |key: &str, value: &str| file.metadata().get(key).is_some_and(|v| v == value);
+        if !says(OF, &self.of) || !says(INPUTS, sum) || file.info(LOGITS).is_none() {
+            return None;
         }
+        file.names().map(|name| Some((name.to_string(), file.raw(name).ok()?))).collect()
     }
 }
 
