@@ -12,7 +12,7 @@ use gpusq::outdir::{self, Held};
 use gpusq::preflight::preflight;
 use gpusq::task::{Dataset, Scores, Split, Task, Tokenizer, task};
 use gpusq::tensor::Group;
-use gpusq::train::sections;
+use gpusq::train::{sections, teacher_cache};
 use gpusq::{Error, Result, report};
 use serde_json::json;
 
@@ -102,6 +102,7 @@ impl<'g> Start<'g> {
             let message = "--teacher-cache keeps a teacher's outputs, and distillation is off; leave out one of the two";
             return Err(Error::Config(message.into()));
         }
+        teacher_cache.as_deref().map(teacher_cache::writable).transpose()?;
         args::check_length(m, &config, &model)?;
         let load = |split| args::load_data(task, data, split, &tokenizer, config.data.max_length, &model);
         let (train, dev) = (load(Split::Train)?, load(Split::Dev)?);

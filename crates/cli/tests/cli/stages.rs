@@ -254,6 +254,12 @@ fn a_teachers_outputs_are_kept_for_later_runs() {
         let all = done.events().into_iter().filter(|e| e["event"] == "note");
         all.map(|e| e["text"].as_str().unwrap().to_string()).filter(|t| t.contains("cache")).collect()
     };
+    // Said before anything is trained or written.
+    let file = out("a-file");
+    std::fs::write(&file, "").unwrap();
+    let refused = with("refused", &["--teacher-cache", file.to_str().unwrap()]);
+    refused.fails(2, &["the teacher's cache", "a-file", "give another folder or leave it out"]);
+    assert!(!out("refused").exists());
     for (name, note) in [("first", "2:4: 0 of 32 outputs"), ("second", "2:4: 32 of 32 outputs")] {
         let done = with(name, &flag);
         done.ok();

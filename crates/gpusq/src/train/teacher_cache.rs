@@ -134,6 +134,20 @@ impl TeacherCache {
     }
 }
 
+/// Makes the folder `dir` if there is none, for a run to find out before it starts.
+///
+/// # Errors
+/// One that cannot be made or written.
+pub fn writable(dir: &Path) -> Result<()> {
+    let made = std::fs::create_dir_all(dir).and_then(|()| tempfile::tempfile_in(dir).map(drop));
+    made.map_err(|e| {
+        let dir = dir.display();
+        Error::Config(format!(
+            "the teacher's cache {dir}: {e}; nothing can be kept there, give another folder or leave it out"
+        ))
+    })
+}
+
 /// A checksum of the running program: another build may compute other bits.
 fn program() -> Result<String> {
     // Linux knows the file still when another one has its name.
