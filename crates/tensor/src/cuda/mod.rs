@@ -565,8 +565,8 @@ impl Gpu {
 /// What the driver says when memory is used up.
 const EXHAUSTED: sys::CUresult = sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY;
 
-/// What a driver (580) may call it if a kernel's first launch finds no memory for its code, and the memory below which it
-/// is taken for that.
+/// What a driver (580) was seen to call it where memory was full and a kernel was launched that had been compiled before,
+/// and the free memory below which it is taken for exhaustion. Why it is not called that was not found out.
 const UNNAMED: sys::CUresult = sys::CUresult::CUDA_ERROR_UNKNOWN;
 const SCARCE: usize = 32 << 20;
 
