@@ -46,18 +46,20 @@ __device__ inline double sum_of(const double *parts, long long blocks) {
     return block_sum_double(sum);
 }
 
-// The sum of squares, for those who add others' to it.
-extern "C" __global__ void squares(float *sum, const double *parts, long long blocks) {
+// The sum of squares at its place among `shares`, in two parts, f32 and what that leaves; zeros elsewhere.
+extern "C" __global__ void squares(float *sums, int share, int shares, const double *parts, long long blocks) {
     double total = sum_of(parts, blocks);
-    if (threadIdx.x == 0) *sum = (float)total;
+    float high = (float)total, low = isfinite(high) ? (float)(total - high) : 0.0f;
+    for (int i = threadIdx.x; i < 2 * shares; i += blockDim.x) sums[i] = i / 2 != share ? 0.0f : i % 2 ? low : high;
 }
 
-// The global norm, by its square if there is one, and what gradients are multiplied by: negative if the step must change
+// The global norm, of the shares of its square if there are any, and what gradients are multiplied by: negative if the step must change
 // nothing.
 extern "C" __global__ void clip(float *norm, float *factor, const double *parts, long long blocks, const float *squares,
-                                const float *loss, float most) {
-    double sum = squares ? (double)*squares : sum_of(parts, blocks);
+                                int shares, const float *loss, float most) {
+    double sum = squares ? 0.0 : sum_of(parts, blocks);
     if (threadIdx.x) return;
+    for (int i = 0; i < 2 * shares; i++) sum += squares[i];
     float total = (float)sqrt(sum);
     *norm = total;
     *factor = !isfinite(*loss) || !isfinite(total) ? -1.0f : total > most ? most / total : 1.0f;

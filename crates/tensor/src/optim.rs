@@ -89,28 +89,40 @@ impl AdamW {
         self.step_of(loss, None, slots)
     }
 
-    /// The sum of the squares of the gradients of the weights in `slots`, f32 `[1]`, on `device`. Does not wait for a GPU.
-    pub fn squares(device: Device, slots: &mut [Slot]) -> Tensor {
+    /// Share number `share` of `shares` of a sum over all of a model's gradients: the squares of those of the weights in
+    /// `slots`, f32 `[2 * shares]` on `device`, zeros but for its own two places. What all shares add up to is the same
+    /// whatever adds them, as f32 would not be: the sum is in f64, held as f32 and what that leaves. Does not wait for a
+    /// GPU.
+    pub fn squares(device: Device, slots: &mut [Slot], share: usize, shares: usize) -> Tensor {
+        assert!(share < shares, "share {share} of {shares}");
         match device {
-            Device::Cpu => Tensor::scalar(squares_cpu(slots) as f32),
-            Device::Cuda(gpu) => Table::new(gpu, 0.0, slots).squares(gpu),
+            Device::Cpu => {
+                let mut sums = vec![0.0; 2 * shares];
+                let total = squares_cpu(slots);
+                let high = total as f32;
+                let low = if high.is_finite() { (total - f64::from(high)) as f32 } else { 0.0 };
+                sums[2 * share..][..2].copy_from_slice(&[high, low]);
+                Tensor::from_f32(sums, &[2 * shares])
+            }
+            Device::Cuda(gpu) => Table::new(gpu, 0.0, slots).squares(gpu, share, shares),
         }
     }
 
-    /// [`AdamW::step`] of some of a model's tensors, of whose gradients all the squares sum to `squares`, if given.
+    /// [`AdamW::step`] of some of a model's tensors. `squares`, if given, are the sum of [`AdamW::squares`] of all of them.
     pub fn step_of(&self, loss: &Tensor, squares: Option<&Tensor>, slots: &mut [Slot]) -> Tensor {
         for s in slots.iter() {
             assert_eq!(s.param.shape(), s.grad.shape(), "AdamW: parameter and gradient");
             assert_eq!(s.param.shape(), s.moments.first.shape(), "AdamW: parameter and moments");
         }
         match loss.device() {
-            Device::Cpu => self.step_cpu(loss.item(), squares.map(Tensor::item), slots),
+            Device::Cpu => self.step_cpu(loss.item(), squares, slots),
             Device::Cuda(gpu) => self.step_cuda(gpu, loss, squares, slots),
         }
     }
 
-    fn step_cpu(&self, loss: f32, squares: Option<f32>, slots: &mut [Slot]) -> Tensor {
-        let norm = squares.map_or_else(|| squares_cpu(slots), f64::from).sqrt() as f32;
+    fn step_cpu(&self, loss: f32, squares: Option<&Tensor>, slots: &mut [Slot]) -> Tensor {
+        let of_all = |shares: &Tensor| shares.f32().iter().map(|&s| f64::from(s)).sum::<f64>();
+        let norm = squares.map_or_else(|| squares_cpu(slots), of_all).sqrt() as f32;
         if loss.is_finite() && norm.is_finite() {
             let clip = self.max_norm.filter(|max| norm > *max).map_or(1.0, |max| max / norm);
             for s in slots {
@@ -190,6 +202,7 @@ impl AdamW {
             (&parts).into(),
             table.blocks.into(),
             squares.map_or(Arg::Pointer(0), |s| s.memory().into()),
+            squares.map_or(0, |s| s.len() as i32 / 2).into(),
             loss.memory().into(),
             max.into(),
         ];
@@ -260,12 +273,13 @@ impl Table {
         parts
     }
 
-    fn squares(&self, gpu: Gpu) -> Tensor {
+    fn squares(&self, gpu: Gpu, share: usize, shares: usize) -> Tensor {
         // Other threads' work may take the room of the parts once they are dropped.
-        let (sum, parts) = (Tensor::stale_on(Device::Cuda(gpu), &[1]), self.parts(gpu));
-        let arguments = [sum.memory().into(), (&parts).into(), self.blocks.into()];
+        let (sums, parts) = (Tensor::stale_on(Device::Cuda(gpu), &[2 * shares]), self.parts(gpu));
+        let [share, shares] = [share as i32, shares as i32].map(Arg::from);
+        let arguments = [sums.memory().into(), share, shares, (&parts).into(), self.blocks.into()];
         gpu.launch(&SOURCE, "squares", Grid { threads: 1024, ..Grid::blocks(1) }, &arguments);
-        sum
+        sums
     }
 }
 
@@ -389,8 +403,10 @@ mod tests {
                     .collect();
                 let norm = if apart {
                     let (one, two) = slots.split_at_mut(1);
-                    let squares = [&mut *one, &mut *two].map(|s| AdamW::squares(device, s).item());
-                    let all = Tensor::scalar(squares[0] + squares[1]).to(device);
+                    let [a, b] = [(&mut *one, 0), (&mut *two, 1)]
+                        .map(|(s, share)| AdamW::squares(device, s, share, 2).to(Device::Cpu));
+                    let all: Vec<f32> = a.f32().iter().zip(b.f32()).map(|(a, b)| a + b).collect();
+                    let all = Tensor::from_f32(all, &[4]).to(device);
                     let norms = [one, two].map(|s| adam.step_of(&loss, Some(&all), s).item());
                     assert_eq!(norms[0], norms[1]);
                     norms[0]

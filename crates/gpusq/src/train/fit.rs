@@ -364,8 +364,9 @@ impl<'a> Stepper<'a> {
             None => None,
             // Gradients are of this section alone, and their norm is of all.
             Some(_) => {
-                let mut squares = AdamW::squares(how.compute.device, &mut slots);
-                how.group.sum(&mut losses.values().chain([&mut squares]).collect::<Vec<_>>())?;
+                let group = how.group;
+                let mut squares = AdamW::squares(how.compute.device, &mut slots, group.rank(), group.size());
+                group.sum(&mut losses.values().chain([&mut squares]).collect::<Vec<_>>())?;
                 Some(squares)
             }
         };

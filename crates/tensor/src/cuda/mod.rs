@@ -428,10 +428,8 @@ impl Gpu {
             Ok(f) => f,
             Err(e) => return self.fail(e),
         };
-        let mut values: Vec<u64> = arguments.iter().map(|a| a.bits()).collect();
-        let mut pointers: Vec<*mut c_void> = arguments.iter().zip(&mut values).map(Arg::place).collect();
         let [x, y, z] = grid.blocks;
-        self.attempt(name, |gpu| {
+        let launch = |gpu: Gpu, pointers: &mut [*mut c_void]| {
             // SAFETY: each kernel's launcher sits beside its source and passes what it declares; every pointer
             // argument comes from a live `Memory` of this stream, so that it is not reused before the kernel ran.
             unsafe {
@@ -451,7 +449,7 @@ impl Gpu {
                         threads,
                         grid.shared,
                         stream,
-                        &mut pointers,
+                        pointers,
                     );
                 }
                 let mut attribute: sys::CUlaunchAttribute = std::mem::zeroed();
@@ -472,7 +470,8 @@ impl Gpu {
                 };
                 sys::cuLaunchKernelEx(&how, function, pointers.as_mut_ptr(), ptr::null_mut()).result()
             }
-        });
+        };
+        self.attempt(name, |gpu| Arg::passed(arguments, |pointers| launch(gpu, pointers)));
     }
 
     /// Compiles and loads what is not loaded yet, on all threads: one after the other takes seconds each.
@@ -820,12 +819,14 @@ impl Arg {
         }
     }
 
-    /// Where the driver reads it; the second has its [`Arg::bits`].
-    fn place((argument, bits): (&Arg, &mut u64)) -> *mut c_void {
-        match argument {
+    /// `f` of where the driver reads each of `arguments`.
+    fn passed<R>(arguments: &[Arg], f: impl FnOnce(&mut [*mut c_void]) -> R) -> R {
+        let mut values: Vec<u64> = arguments.iter().map(|a| a.bits()).collect();
+        let place = |(argument, bits): (&Arg, &mut u64)| match argument {
             Arg::Map(map) => ptr::from_ref(map).cast_mut().cast(),
             _ => ptr::from_mut(bits).cast(),
-        }
+        };
+        f(&mut arguments.iter().zip(&mut values).map(place).collect::<Vec<_>>())
     }
 }
 

@@ -59,7 +59,11 @@ impl Pool {
 
     /// All free memory, to hand back to the driver.
     pub(super) fn drain(&mut self) -> Vec<CUdeviceptr> {
-        self.free.drain().flat_map(|(_, list)| list).collect()
+        let all: Vec<_> = self.free.drain().flat_map(|(_, list)| list).collect();
+        for at in &all {
+            self.age.remove(at);
+        }
+        all
     }
 
     /// The most bytes that were used at one time since the last call.
@@ -83,8 +87,10 @@ mod tests {
         pool.give(1020, None);
         assert_eq!((pool.used, pool.peak()), (1536, 2560));
         assert_eq!(pool.peak(), 1536);
+        pool.made(7);
         pool.give(1020, Some(7));
         assert_eq!(pool.drain(), [7]);
+        assert!(pool.age.is_empty());
     }
 
     #[test]

@@ -10,7 +10,6 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::ffi::c_void;
 use std::hash::Hash;
 use std::ops::Range;
 use std::ptr;
@@ -188,10 +187,8 @@ impl Piece {
         arguments: &[Arg],
     ) -> Result<(), ()> {
         let func = self.gpu.function(variant.clone(), name).map_err(|_| ())?;
-        let mut values: Vec<u64> = arguments.iter().map(|a| a.bits()).collect();
-        let mut pointers: Vec<*mut c_void> = arguments.iter().zip(&mut values).map(Arg::place).collect();
         let [x, y, z] = grid.blocks;
-        let params = sys::CUDA_KERNEL_NODE_PARAMS {
+        let mut params = sys::CUDA_KERNEL_NODE_PARAMS {
             func,
             gridDimX: x,
             gridDimY: y,
@@ -200,14 +197,17 @@ impl Piece {
             blockDimY: 1,
             blockDimZ: 1,
             sharedMemBytes: grid.shared,
-            kernelParams: pointers.as_mut_ptr(),
+            kernelParams: ptr::null_mut(),
             extra: ptr::null_mut(),
             kern: ptr::null_mut(),
             ctx: ptr::null_mut(),
         };
         // SAFETY: the node is of this graph, whose last launch is done, as every pass ends with waiting; the kernel is the
         // node's own, and its arguments are what its launcher has just asked for.
-        unsafe { sys::cuGraphExecKernelNodeSetParams_v2(self.exec, node, &params) }.result().map_err(|_| ())
+        Arg::passed(arguments, |pointers| unsafe {
+            params.kernelParams = pointers.as_mut_ptr();
+            sys::cuGraphExecKernelNodeSetParams_v2(self.exec, node, &params).result().map_err(|_| ())
+        })
     }
 }
 
