@@ -373,11 +373,16 @@ impl Run<'_> {
                 watch(Event::Train(e));
             })?;
             kept?;
-            if let Some(Uses { read, written, lost, why }) = report.cache {
+            if let Some(Uses { read, written, damaged, lost, why }) = report.cache {
                 let n = read + written + lost;
                 watch(Event::Note(&format!(
                     "{name}: {read} of {n} outputs of the teacher were in the cache"
                 )));
+                if damaged > 0 {
+                    watch(Event::Note(&format!(
+                        "{name}: {damaged} files of the cache were damaged, and their outputs computed again"
+                    )));
+                }
                 if let Some(why) = why {
                     watch(Event::Note(&format!(
                         "{name}: {lost} outputs of the teacher were computed and not kept, the first because {why}"

@@ -326,7 +326,7 @@ fn a_teachers_cache_changes_no_bit() {
                 assert_eq!(files.iter().filter(damaged).count(), 4);
                 let (got, uses) = run(Some(&dir), &f);
                 assert!(got == want, "{compute}, {:?}: files are damaged", start.stage);
-                assert_eq!(uses, Some(Uses { read: all - 4, written: 4, ..Uses::default() }));
+                assert_eq!(uses, Some(Uses { read: all - 4, written: 4, damaged: 4, ..Uses::default() }));
                 same("they were written again", all, 0);
                 // What cannot be written, as on a full disk, costs time alone.
                 for f in &files[..2] {
@@ -335,9 +335,9 @@ fn a_teachers_cache_changes_no_bit() {
                 }
                 let (got, uses) = run(Some(&dir), &f);
                 assert!(got == want, "{compute}, {:?}: files cannot be written", start.stage);
-                let Uses { read, written, lost, why } = uses.unwrap();
+                let Uses { read, written, damaged, lost, why } = uses.unwrap();
                 // Each once in an epoch.
-                assert_eq!((read, written, lost), (all - 6, 0, 6));
+                assert_eq!((read, written, damaged, lost), (all - 6, 0, 0, 6));
                 assert!(why.unwrap().contains(files[0].parent().unwrap().to_str().unwrap()));
                 files[..2].iter().for_each(|f| std::fs::remove_dir(f).unwrap());
                 assert_eq!(

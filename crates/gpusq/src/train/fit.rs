@@ -184,7 +184,8 @@ pub fn sections(spec: &TransformerSpec, pipeline: usize, size: usize) -> Result<
     if pipeline != size {
         return Err(Error::Config(format!(
             "a pipeline of {pipeline} processes was asked for, and there are {size}; a pipeline takes all processes (data \
-             parallel training beside it is not supported): start {pipeline} processes, or ask for a pipeline of {size}"
+             parallel training beside it is not supported): start {pipeline} processes (`gpusq launch --gpus {pipeline}` \
+             does on one host), or ask for a pipeline of {size}"
         )));
     }
     let no = |why| {

@@ -39,6 +39,8 @@ pub struct Uses {
     pub read: usize,
     /// Parts whose outputs were computed and written.
     pub written: usize,
+    /// Parts whose file was damaged, or held other outputs; computed and counted as those that had none.
+    pub damaged: usize,
     /// Parts whose outputs were computed and could not be written: the disk is full, for example.
     pub lost: usize,
     /// Why the first of them could not.
@@ -103,6 +105,7 @@ impl TeacherCache {
             let logits = taps.remove(LOGITS).expect("looked for when it was read");
             return Ok(Output { logits, taps });
         }
+        self.uses.borrow_mut().damaged += usize::from(path.is_file());
         let mut out = compute();
         out.taps.retain(|name, _| is_feature(name));
         let on_host = |(name, t): (&str, &Tensor)| (name.to_string(), t.to(Device::Cpu));
