@@ -6,8 +6,14 @@ use std::sync::Arc;
 use cudarc::driver::result;
 
 use super::stream::keep;
-use super::{CudaError, Gpu, Memory, Plain, reason};
+use super::{Arg, CudaError, Gpu, Grid, Memory, Plain, Source, reason};
 use crate::{DType, Tensor};
+
+static SOURCE: Source = Source { name: "copy", text: include_str!("copy.cu") };
+
+/// Copies up to this size are a kernel's, which starts early; the copy engine takes some 3 us to be handed the work and to hand
+/// it on, but reads and writes host memory in larger pieces.
+const SMALL: usize = 1 << 20;
 
 /// Where tensors begin; what kernels and cuBLASLt like best.
 const ALIGNMENT: usize = 256;
@@ -66,6 +72,24 @@ unsafe impl Send for Locked {}
 // SAFETY: as above; what is behind it belongs to the one `Pinned`.
 unsafe impl Sync for Locked {}
 
+impl Locked {
+    /// What the GPU knows it by: the same address.
+    fn address(&self) -> Arg {
+        Arg::Pointer(self.at as u64)
+    }
+}
+
+/// Copies `bytes` from one to the other, one of which is host memory.
+fn copy(gpu: Gpu, to: Arg, from: Arg, bytes: usize) {
+    gpu.launch_early(&SOURCE, "copy", Grid::elements(bytes.div_ceil(16)), &[to, from, bytes.into()]);
+}
+
+/// For the test that compiles every kernel.
+#[cfg(test)]
+pub(crate) fn variants() -> Vec<super::Variant> {
+    vec![(&SOURCE).into()]
+}
+
 impl Drop for Locked {
     fn drop(&mut self) {
         // SAFETY: allocated by `malloc_host`, freed once.
@@ -108,27 +132,37 @@ impl<T: Plain> Pinned<T> {
     /// Copies the first elements to `to`, as many as it has, without waiting.
     pub fn upload(&self, to: &Tensor) {
         let (memory, from) = (to.memory(), self.part(to));
-        if memory.address() != 0 {
-            // SAFETY: both have the bytes of `to`; the graph or whoever runs keeps them.
-            self.memory.gpu.attempt("copy to the GPU", |gpu| unsafe {
-                result::memcpy_htod_async(memory.address(), from, gpu.stream())
-            });
-            keep(&self.memory);
+        if memory.address() == 0 {
+            return;
         }
+        let gpu = self.memory.gpu;
+        match size_of_val(from) {
+            0..=SMALL => copy(gpu, memory.into(), self.memory.address(), size_of_val(from)),
+            // SAFETY: both have the bytes of `to`; the graph or whoever runs keeps them.
+            _ => drop(gpu.attempt("copy to the GPU", |gpu| unsafe {
+                result::memcpy_htod_async(memory.address(), from, gpu.stream())
+            })),
+        }
+        keep(&self.memory);
     }
 
     /// Copies `from` to the first elements, without waiting.
     pub fn download(&mut self, from: &Tensor) {
         let memory = from.memory();
-        let length = self.part(from).len();
-        if memory.address() != 0 {
-            let to = &mut self[..length];
-            // SAFETY: as above.
-            memory.gpu().attempt("copy from the GPU", |gpu| unsafe {
-                result::memcpy_dtoh_async(to, memory.address(), gpu.stream())
-            });
-            keep(&self.memory);
+        let part = self.part(from);
+        let (length, bytes) = (part.len(), size_of_val(part));
+        if memory.address() == 0 {
+            return;
         }
+        let to = self.memory.address();
+        match bytes {
+            0..=SMALL => copy(memory.gpu(), to, memory.into(), bytes),
+            // SAFETY: as above.
+            _ => drop(memory.gpu().attempt("copy from the GPU", |gpu| unsafe {
+                result::memcpy_dtoh_async(&mut self[..length], memory.address(), gpu.stream())
+            })),
+        }
+        keep(&self.memory);
     }
 
     fn part(&self, t: &Tensor) -> &[T] {

@@ -27,6 +27,8 @@ use rayon::prelude::*;
 use crate::Device;
 use cudarc::driver::{CudaContext, DriverError, result, sys};
 
+#[cfg(test)]
+pub(crate) use arena::variants as copy_variants;
 pub use arena::{Arena, Layout, Pinned};
 pub use blas::with_tf32;
 pub(crate) use kernels::{Source, Variant, source};

@@ -332,6 +332,20 @@ mod tests {
             stream.run(|| graph.launch()).unwrap();
             assert!(output.iter().enumerate().all(|(i, &v)| v == (2 * i * round) as f32), "round {round}");
         }
+        // Parts of the memory, whose ends are no multiples of 16 bytes, and what the copy engine takes.
+        for n in [1usize, 3, 4, 5, 997, 300_001] {
+            let arena = Arena::new(gpu, n * 4).unwrap();
+            let t = arena.start().tensor(DType::F32, &[n]);
+            let [mut a, mut b] = [0; 2].map(|_| Pinned::<f32>::new(gpu, n + 8).unwrap());
+            a.iter_mut().enumerate().for_each(|(i, v)| *v = 1.0 + i as f32);
+            stream
+                .run(|| {
+                    a.upload(&t);
+                    b.download(&t);
+                })
+                .unwrap();
+            assert!(b[..n] == a[..n] && b[n..].iter().all(|&v| v == 0.0), "{n}");
+        }
         // The graph keeps host memory that it copies.
         drop((input, output));
         stream.run(|| graph.launch()).unwrap();

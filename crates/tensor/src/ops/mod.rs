@@ -87,6 +87,7 @@ pub(crate) fn variants() -> (Vec<crate::cuda::Variant>, Vec<crate::cuda::Variant
     let (sparse, sparse_hopper) = sparse_linear::variants();
     let (varlen, varlen_hopper) = varlen_attention::variants();
     let any = [
+        crate::cuda::copy_variants(),
         activation::variants(),
         attention::flash_variants(),
         codes::variants(),
