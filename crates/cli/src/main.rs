@@ -6,6 +6,7 @@ mod bench;
 mod demo;
 mod eval;
 mod inspect;
+mod interrupt;
 mod launch;
 mod progress;
 mod ranks;
@@ -38,6 +39,9 @@ fn main() -> ExitCode {
         }
     };
     let (name, m) = matches.subcommand().expect("clap requires a command");
+    if matches!(m.try_contains_id("resume"), Ok(true)) {
+        interrupt::tell_how_to_go_on();
+    }
     let done = match name {
         "finetune" => with_group(m, stages::finetune),
         "compress" => with_group(m, stages::compress),

@@ -1,6 +1,9 @@
 //! Runs that are killed or run out of disk continue to the same bytes, and never leave a broken file.
 
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use gpusq::format::safetensors::Checkpoint;
@@ -34,6 +37,33 @@ fn a_run_killed_in_each_stage_continues_to_the_same_bytes() {
         assert!(step >= 8 && step % 4 == 0, "{at}");
         assert_same(&out, &whole);
     }
+}
+
+/// Ctrl-C is what people stop a run with.
+#[test]
+fn an_interrupted_run_says_how_to_go_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("interrupted");
+    let args = train("finetune", &model(), &out);
+    // Again where the run was quicker.
+    let said = (0..10).find_map(|_| {
+        let mut child = program(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        assert!(lines.any(|line| line.unwrap().contains("\"step\"")), "the run takes steps");
+        let sent = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+        let (done, mut said) = (child.wait().unwrap(), String::new());
+        child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        if done.success() || !sent.success() {
+            std::fs::remove_dir_all(&out).unwrap();
+            return None;
+        }
+        assert_eq!(done.signal(), Some(2), "{said}");
+        Some(said)
+    });
+    let said = said.expect("a run that lasts long enough");
+    assert!(said.contains("run the same command with --resume"), "{said}");
+    run(&resumed(&args)).ok();
+    assert_same(&out, &dense());
 }
 
 #[test]
