@@ -126,31 +126,30 @@ __device__ inline float lsq_code(float x, float s) {
 // A step size that many values are divided by. The code is lsq_code's (of NaN it is -127): x / s correctly rounded, from
 // the correctly rounded 1 / s (Markstein 1990), in three instructions where a division has ten. Clipped before, so that
 // nothing overflows: the code of fl(127 s) is 127.
+//
+// 1.5 * 2^23 added, a sum has no bits below 1, and so rounds to even itself, where a conversion has a fourth of the rate.
+constexpr float CODE_ZERO = 12582912.0f;
 struct Step {
     float s, inverse, most;
     __device__ explicit Step(float step) : s(step), inverse(__frcp_rn(step)), most(QMAX * step) {}
-    __device__ int code(float x) const {
+    // The code plus CODE_ZERO. The low byte is the code's.
+    __device__ float above(float x) const {
         x = fminf(fmaxf(x, -most), most);
         float q = __fmul_rn(x, inverse);
-        return __float2int_rn(__fmaf_rn(__fmaf_rn(-q, s, x), inverse, q));
+        return __fadd_rn(__fmaf_rn(__fmaf_rn(-q, s, x), inverse, q), CODE_ZERO);
     }
+    // A word whose low byte is the code.
+    __device__ u32 code(float x) const { return __float_as_uint(above(x)); }
 };
 
 // lsq_code under a step size that many values are divided by: x / s correctly rounded as in Step, but for any s (powers of
 // two keep it where nothing overflows or loses bits), and NaN gives 0.
-constexpr float CODE_ZERO = 12582912.0f;
 struct Codes {
     float factor;
     Step step;
     __device__ explicit Codes(float s)
         : factor(s < 0x1p-100f ? 0x1p100f : s > 0x1p100f ? 0x1p-100f : 1.0f), step(s * factor) {}
-    // The code plus 1.5 * 2^23, where a sum has no bits below 1 and so rounds to even itself. The low byte is the code's.
-    __device__ float above(float x) const {
-        x = x == x ? x * factor : 0.0f;
-        x = fminf(fmaxf(x, -step.most), step.most);
-        float q = __fmul_rn(x, step.inverse);
-        return __fadd_rn(__fmaf_rn(__fmaf_rn(-q, step.s, x), step.inverse, q), CODE_ZERO);
-    }
+    __device__ float above(float x) const { return step.above(x == x ? x * factor : 0.0f); }
     __device__ float operator()(float x) const { return __fsub_rn(above(x), CODE_ZERO); }
 };
 

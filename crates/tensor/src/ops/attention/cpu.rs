@@ -1,6 +1,7 @@
 use rayon::prelude::*;
 
-use super::{Attention, ROOM, TILE};
+use super::Attention;
+use super::rounding::{GRID, LARGEST, ONES, ROOM, SCALE, TILE};
 use crate::Tensor;
 use crate::cpu::{Mat, Threads, exp, exp2, gemm, half, par_elements, simd};
 use crate::ops::dropout::Drop;
@@ -26,15 +27,6 @@ impl Shared {
         unsafe { std::slice::from_raw_parts_mut(self.0.add(at), self.1 - at) }
     }
 }
-
-/// Scores in bits become multiples of 1 / 256 when this is added: an f32 of its size has no finer fraction.
-const GRID: f32 = 49_152.0;
-/// Weights are divided by this power of 2.
-const SCALE: f32 = 13.0;
-/// Weights become multiples of 2^-24 when this is added.
-const ONES: f32 = 0.75;
-/// From so many bits on a base is a score itself, as its fraction has no room beside [`GRID`].
-const LARGEST: f32 = 16_384.0;
 
 /// Sum in sixteen lanes. Zeros behind a row change nothing.
 #[inline(always)]

@@ -1,12 +1,13 @@
 //! The plain kernels, for any shape. `flash.rs` has those for tensor cores.
 
 use super::flash;
-use super::{Attention, Saved};
-use crate::cuda::{Arg, Gpu, Grid, Source, source};
+use super::{Attention, Saved, rounding};
+use crate::cuda::{Arg, Gpu, Grid, Source};
 use crate::ops::dropout::Drop;
 use crate::{DType, Device, Tensor};
 
-pub(crate) static SOURCE: Source = source!("attention");
+pub(crate) static SOURCE: Source =
+    Source { name: "attention", text: concat!(rounding::text!(), include_str!("kernel.cu")) };
 
 /// Threads of a block, which owns one query row (or, for the keys' gradients, one key row).
 const THREADS: u32 = 128;

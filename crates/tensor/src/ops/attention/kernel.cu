@@ -49,9 +49,7 @@ __device__ inline float dot(const float *a, const T *b, long long n, Read read =
     return sum;
 }
 
-// As in cpu.rs.
-constexpr float GRID = 49152.0f, SCALE = 13.0f, ONES = 0.75f, ROOM = 28.0f, LARGEST = 16384.0f;
-constexpr int TILE = 64;
+using namespace rounding;
 
 // As `score_unit` in mod.rs.
 __device__ inline float score_unit(float scale, float q, float k) {

@@ -9,6 +9,7 @@
 mod cpu;
 mod cuda;
 mod flash;
+pub(crate) mod rounding;
 
 pub(crate) use cuda::SOURCE;
 pub(crate) use flash::kernels;
@@ -59,10 +60,6 @@ pub struct Half {
     /// weights of 1 and less, are rounded to f16 alone, and products summed in f32.
     pub steps: Option<[Tensor; 3]>,
 }
-
-/// Keys that share a base, and the bits above it that raise it.
-pub(crate) const TILE: usize = 64;
-pub(crate) const ROOM: f32 = 28.0;
 
 /// A score in bits, if it is the product of a query and a key in units of `q` and `k`. A multiple of 2^-30, so that
 /// kernels may add whole numbers to a score before they multiply, and not 0, of which a masked key's score would make NaN.

@@ -5,9 +5,9 @@
 // A warp owns 16 rows of queries and has scores and outputs in the order of mma and wgmma: lane 4 g + j has columns
 // 8 n + 2 j + e of rows g and g + 8.
 
-constexpr int TILE = 64;
+using rounding::TILE;
 
-struct Tile {
+struct alignas(16) Tile {
     int first, length, query, none;
 };
 
@@ -39,7 +39,7 @@ constexpr int B = OF > 2 && OF <= 16 ? OF / 2 : 1;
 
 __device__ constexpr int key_of(int n, int j, int e) { return n / B * 8 * B + j * 2 * B + n % B * 2 + e; }
 
-__device__ constexpr int column_of(int key) {
+__device__ constexpr u32 column_of(u32 key) {
     return 8 * (key / (8 * B) * B + key % (2 * B) / 2) + key % (8 * B) / (2 * B) * 2 + key % 2;
 }
 
@@ -69,15 +69,13 @@ constexpr float OFFSET = CODES_IN ? 12582912.0f : 0.0f;
 __device__ inline float score_of(int sum) { return __int_as_float(sum + 0x4B400000); }
 __device__ inline float score_of(float sum) { return sum; }
 
-// Attention of codes rounds as ../attention/mod.rs says, so that all that computes it gives the same codes. Scores in bits
+// Attention of codes rounds as ../attention/mod.rs says and ../attention/rounding.rs has it, so that all that computes it gives the same codes. Scores in bits
 // become multiples of 1 / 256 when GRID is added. Weights are 2^-13 and less, which halves hold in units of 2^-24, as does a
 // float that ONES is added to: sums of units, and of units times codes, are whole numbers. From halves, whose products are
 // rounded anyway, scores stay as they are, and weights are 1 and less.
-constexpr float GRID = CODES_IN ? 49152.0f : 0.0f, SCALE = CODES_IN ? 13.0f : 0.0f, ONES = 0.75f;
-// A score so many bits above the base raises it; 28 would give a weight that no half holds.
-constexpr float ROOM = CODES_IN ? 28.0f : 0.0f;
-// From so many bits on a base is a score itself, as neither GRID nor a float beside it has room for their fraction.
-constexpr float LARGEST = 16384.0f;
+using rounding::ONES, rounding::LARGEST;
+constexpr float GRID = CODES_IN ? rounding::GRID : 0.0f, SCALE = CODES_IN ? rounding::SCALE : 0.0f;
+constexpr float ROOM = CODES_IN ? rounding::ROOM : 0.0f;
 
 // Running softmax of a lane's two rows: a base, in whole bits unless it is huge, and the sum of weights.
 struct Softmax {
@@ -85,6 +83,13 @@ struct Softmax {
     bool huge[2] = {};
     // Whether a row of the warp is huge, or GRID less a base and OFFSET has no room for a fraction.
     bool rare = false;
+    // The base of row r becomes that of a score.
+    __device__ void rest(int r, float top, float unit) {
+        float bits = (top - OFFSET) * unit;
+        huge[r] = fabsf(bits) >= LARGEST;
+        base[r] = huge[r] ? top : ceilf(bits);
+    }
+    // Once the bases are set.
     __device__ void measure(float unit) {
         bool any = huge[0] || huge[1];
         if (CODES_IN)
@@ -195,13 +200,27 @@ __device__ inline void weights(const float (*s)[4], const Softmax &m, float unit
     }
 }
 
+// The highest score of row r.
+__device__ inline float highest(const float (*s)[4], int r) {
+    float top = minus_infinity();
+#pragma unroll
+    for (int n = 0; n < TILE / 8; n++) top = fmaxf(top, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+    return fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+}
+
 // Scores become weights `w`, halves in the order of a left operand. The base is not below the row's highest score in the
 // first tile, and follows only where a score has no room, which is rare, so that other tiles look for no maximum and leave
 // the outputs alone. True if it did: outputs are to be multiplied by `shrink`.
 __device__ inline bool weigh(const float (*s)[4], Softmax &m, float unit, u32 (*w)[4], bool first, float *shrink) {
     float part[2] = {};
     u32 seen = 0;
-    bool tie = false, rise = first || m.rare;
+    if (first) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) m.rest(r, highest(s, r), unit);
+        m.measure(unit);
+    }
+    bool tie = false, rise = m.rare;
     if (!rise) {
         weights<false, false>(s, m, unit, part, seen, w, tie);
         // Of codes, a half of 2 or more, or a float of 1 or more is among them.
@@ -210,19 +229,13 @@ __device__ inline bool weigh(const float (*s)[4], Softmax &m, float unit, u32 (*
     if (rise) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            float top = minus_infinity();
-#pragma unroll
-            for (int n = 0; n < TILE / 8; n++) top = fmaxf(top, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
-            top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-            top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-            float bits = (top - OFFSET) * unit;
+            float top = highest(s, r);
             shrink[r] = 1.0f;
-            if (first || (m.huge[r] ? top > m.base[r] : bits >= m.base[r] + ROOM)) {
-                bool huge = fabsf(bits) >= LARGEST;
-                float base = huge ? top : ceilf(bits);
-                shrink[r] = exp2_fast(-above(base, huge, m.base[r], m.huge[r], unit));
-                m.base[r] = base;
-                m.huge[r] = huge;
+            if (m.huge[r] ? top > m.base[r] : (top - OFFSET) * unit >= m.base[r] + ROOM) {
+                float base = m.base[r];
+                bool huge = m.huge[r];
+                m.rest(r, top, unit);
+                shrink[r] = exp2_fast(-above(m.base[r], m.huge[r], base, huge, unit));
                 m.sum[r] *= shrink[r];
             }
         }
@@ -298,7 +311,7 @@ __device__ inline void finish(float (*o)[4], Softmax &m, const Problem &p, long 
         Step step(CODES_OUT ? p.step : 1.0f);
         auto codes = [&](int n) {
             u32 a = step.code(o[n][2 * r] * factor), b = step.code(o[n][2 * r + 1] * factor);
-            return (a & 0xFF) | (b & 0xFF) << 8;
+            return chosen_bytes(a, b, 0x40);
         };
         if constexpr (!CODES_OUT) {
 #pragma unroll
@@ -314,7 +327,7 @@ __device__ inline void finish(float (*o)[4], Softmax &m, const Problem &p, long 
             for (int n = 0; n < D / 8; n += 8) {
                 u32 v[4];
 #pragma unroll
-                for (int k = 0; k < 4; k++) v[k] = codes(n + 2 * k) | codes(n + 2 * k + 1) << 16;
+                for (int k = 0; k < 4; k++) v[k] = chosen_bytes(codes(n + 2 * k), codes(n + 2 * k + 1), 0x5410);
                 transpose(v);
                 uint4 w = make_uint4(chosen_bytes(v[0], v[1], 0x5410), chosen_bytes(v[2], v[3], 0x5410),
                                      chosen_bytes(v[0], v[1], 0x7632), chosen_bytes(v[2], v[3], 0x7632));

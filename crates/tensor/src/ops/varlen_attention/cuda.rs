@@ -1,21 +1,22 @@
 use super::{Attention, Out, Qkv};
 use crate::cuda::{Arg, Gpu, Grid, Source, Variant};
-use crate::ops::attention::score_unit;
+use crate::ops::attention::{rounding, score_unit};
 use crate::{DType, Segments};
 
-static PLAIN: Source = Source { name: "varlen_attention_plain", text: include_str!("plain.cu") };
+static PLAIN: Source =
+    Source { name: "varlen_attention_plain", text: concat!(rounding::text!(), include_str!("plain.cu")) };
 static MMA: Source = Source {
     name: "varlen_attention_mma",
-    text: concat!(include_str!("common.cuh"), include_str!("mma.cu")),
+    text: concat!(rounding::text!(), include_str!("common.cuh"), include_str!("mma.cu")),
 };
 
 static WGMMA: Source = Source {
     name: "varlen_attention_wgmma",
-    text: concat!(include_str!("common.cuh"), include_str!("wgmma.cu")),
+    text: concat!(rounding::text!(), include_str!("common.cuh"), include_str!("wgmma.cu")),
 };
 
 /// Keys of a tile.
-const KEYS: usize = 64;
+const KEYS: usize = rounding::TILE;
 
 /// Widths of a head, and largest group of a pattern, that there are kernels on tensor cores for.
 const WIDTHS: [usize; 3] = [32, 64, 128];

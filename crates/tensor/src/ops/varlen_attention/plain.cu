@@ -1,11 +1,12 @@
 // Any head width up to 1,024 and any pattern: a block walks over 64 queries of one head, 256 keys at a time. CODES_IN and
 // CODES_OUT are whether queries, keys and values, and the output, are codes.
 
-constexpr int KEYS = 256, TILE = 64, COLUMNS = 8;
+constexpr int KEYS = 256, COLUMNS = 8;
 
 // As in common.cuh.
-constexpr float GRID = CODES_IN ? 49152.0f : 0.0f, SCALE = CODES_IN ? 13.0f : 0.0f, ONES = 0.75f;
-constexpr float ROOM = CODES_IN ? 28.0f : 0.0f, LARGEST = 16384.0f;
+using rounding::TILE, rounding::ONES, rounding::LARGEST;
+constexpr float GRID = CODES_IN ? rounding::GRID : 0.0f, SCALE = CODES_IN ? rounding::SCALE : 0.0f;
+constexpr float ROOM = CODES_IN ? rounding::ROOM : 0.0f;
 
 extern "C" __global__ void __launch_bounds__(128)
     forward(void *out, const void *qkv, const int4 *tiles, int heads, float unit, float value, float step, int width,

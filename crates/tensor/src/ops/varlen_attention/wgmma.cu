@@ -1,6 +1,6 @@
 // Attention by wgmma, for Hopper (Shah et al. 2024, arXiv 2407.08608). A block owns 64 * WARPGROUPS queries of one head, a
-// warpgroup 64. Keys and values pass through shared memory in tiles of 64, PARTS of each at a time, copied three tiles
-// ahead; queries and weights stay in registers. Warpgroups of a multiprocessor take turns by themselves: while one has its
+// warpgroup 64. Keys and values pass through shared memory in tiles of 64, PARTS of each at a time: halves copied three tiles
+// ahead, codes through registers; queries and weights stay in registers. Warpgroups of a multiprocessor take turns by themselves: while one has its
 // products made, another takes exponentials. Where there are few queries, SPLIT groups of warpgroups share the keys out,
 // each every SPLIT-th tile, and add up what they have in the end.
 
@@ -9,21 +9,22 @@
 constexpr int BYTES = CODES_IN ? D : 2 * D, ROW = BYTES < 128 ? BYTES : 128;
 constexpr int VALUE_ROW = D < 64 ? 2 * D : 128;
 constexpr int KEY_TILE = TILE * BYTES, VALUE_TILE = TILE * 2 * D;
-constexpr int PARTS = 4, RING = PARTS * (KEY_TILE + VALUE_TILE);
+constexpr int PARTS = 4, PART = KEY_TILE + VALUE_TILE, RING = PARTS * PART;
 // Sixteen rows of ones, which stand beside the values of any 16 keys.
 constexpr int ONES_BYTES = 16 * VALUE_ROW;
 // Threads that share tiles.
 constexpr int THREADS = 128 * WARPGROUPS;
 constexpr int STEPS = BYTES / 32;
 
-// Of rows of a tile, with `lead` bytes between its halves. Addresses of shared memory are below 2^18.
-__device__ inline u64 descriptor(u32 at, int row, int lead) {
-    u64 swizzle = row == 128 ? 1 : row == 64 ? 2 : 3;
-    return (u64)(8 * row >> 4) << 32 | swizzle << 62 | ((at >> 4) + ((u32)lead >> 4 << 16));
+// Of rows of a tile. Its low word has an address and, 16 bits above, the distance between halves of a row, both in units of
+// 16 bytes and below 2^14, so that sums of low words are what is meant and few instructions stand between products.
+__device__ inline u64 descriptor(u32 low, int row) {
+    u32 swizzle = row == 128 ? 1 : row == 64 ? 2 : 3;
+    return (u64)(swizzle << 30 | 8 * row >> 4) << 32 | low;
 }
 
 // Where 16 bytes of row r from byte k of a tile lie, with `row` bytes from row to row.
-__device__ inline u32 place(int r, int k, int row) {
+__device__ inline u32 place(u32 r, u32 k, u32 row) {
     u32 at = r * row + k % row;
     return k / row * (TILE * row) + (at ^ ((at >> 7 & (row / 16 - 1)) << 4));
 }
@@ -89,73 +90,102 @@ __device__ inline void add_up(float *o, const u32 *a, u64 ones) {
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(ones));
 }
 
-// What the threads that share tiles copied or wrote is there, for wgmma too, and what they read is free.
-template <int LEFT> __device__ inline void arrived() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT));
+// What this thread wrote, and halves that it copied but for the last LEFT groups, are there for wgmma too, once a barrier says so.
+template <int LEFT> __device__ inline void written() {
+    if constexpr (!CODES_IN) asm volatile("cp.async.wait_group %0;" ::"n"(LEFT));
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// All threads that share tiles come here.
+__device__ inline void meet() {
     if constexpr (SPLIT == 1) __syncthreads();
     else asm volatile("bar.sync %0, %1;" ::"r"(1 + threadIdx.x / THREADS), "n"(THREADS) : "memory");
 }
 
-// The threads that share tiles are counted from 0; written so that the compiler sees that all of a block may be these.
-__device__ inline int thread() { return SPLIT == 1 ? threadIdx.x : threadIdx.x % THREADS; }
-
-// What a thread copies of a tile of keys, and of one of values if these are halves: 16 bytes of so many rows.
-constexpr int COPIES = (KEY_TILE / 16 + THREADS - 1) / THREADS;
-
-struct Copies {
-    // Row in the tile; where it begins from the first key's row on; its place in the tile.
-    int row[COPIES];
-    u32 from[COPIES], to[COPIES];
-    __device__ explicit Copies(u32 stride) {
-#pragma unroll
-        for (int i = 0; i < COPIES; i++) {
-            int c = thread() + i * THREADS, k = c % (BYTES / 16) * 16;
-            row[i] = c / (BYTES / 16);
-            from[i] = row[i] * stride + k;
-            to[i] = place(column_of(row[i]), k, ROW);
-            // More threads than there is to copy.
-            if (c >= KEY_TILE / 16) row[i] = 1 << 30;
-        }
+// Of two warpgroups each says when it is here, and later waits for the other, which may be ahead. Each waits at a barrier of
+// its own, and next time at another, so that who is ahead arrives at none twice.
+struct Meeting {
+    u32 own = 4 + threadIdx.x / 128;
+    __device__ void arrive() const {
+        if constexpr (WARPGROUPS == 2) asm volatile("bar.arrive %0, 256;" ::"r"(own ^ 1) : "memory");
     }
-    // Starts copying to a tile rows `first` .. `first` + 64; rows from `limit` on become 0.
-    __device__ void start(u32 tile, const char *matrix, u32 stride, int first, int limit) const {
-#pragma unroll
-        for (int i = 0; i < COPIES; i++) {
-            if (KEY_TILE / 16 % THREADS && row[i] == 1 << 30) break;
-            int bytes = first + row[i] < limit ? 16 : 0;
-            const char *from = matrix + (size_t)(this->from[i] + first * stride);
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(tile + to[i]), "l"(from), "r"(bytes));
-        }
+    __device__ void wait() {
+        if constexpr (WARPGROUPS == 2) asm volatile("bar.sync %0, 256;" ::"r"(own) : "memory");
+        else meet();
+        own ^= 2;
     }
 };
 
-// Values that are codes become halves on their way, so they pass through registers.
-constexpr int CHUNKS = TILE * D / 16, HELD = CODES_IN ? (CHUNKS + THREADS - 1) / THREADS : 1;
+// The threads that share tiles are counted from 0; written so that the compiler sees that all of a block may be these.
+__device__ inline u32 thread() { return SPLIT == 1 ? threadIdx.x : threadIdx.x % THREADS; }
 
-__device__ inline void take(uint4 *held, const char *values, long long stride, int first, int limit) {
-#pragma unroll
-    for (int i = 0; i < HELD; i++) {
-        int c = thread() + i * THREADS, r = c / (D / 16), k = c % (D / 16) * 16;
-        // Behind the last row that one again, with weights of 0: a choice here would wait for what is loaded.
-        held[i] = *(const uint4 *)(values + min(first + r, limit - 1) * stride + k);
-    }
-}
+// What a thread has of a tile: 16 bytes of so many rows of keys, and of values if these are halves; of values that are codes
+// as much as of keys.
+constexpr int CHUNKS = KEY_TILE / 16, OWN = (CHUNKS + THREADS - 1) / THREADS;
 
-__device__ inline void put(u32 tile, const uint4 *held) {
+struct Copies {
+    // Row in the tile; where its keys begin in the matrix; their place in the tile, and that of values that were codes, whose
+    // 16 bytes become 32.
+    int row[OWN];
+    const char *from[OWN];
+    u32 to[OWN], value_to[OWN][2];
+    __device__ Copies(const char *matrix, u32 stride) {
 #pragma unroll
-    for (int i = 0; i < HELD; i++) {
-        int c = thread() + i * THREADS, r = c / (D / 16), k = c % (D / 16) * 32;
-        if (c >= CHUNKS) continue;
-        const u32 words[4] = {held[i].x, held[i].y, held[i].z, held[i].w};
+        for (int i = 0; i < OWN; i++) {
+            u32 c = thread() + i * THREADS, k = c % (BYTES / 16) * 16;
+            row[i] = c / (BYTES / 16);
+            from[i] = matrix + k + (CODES_IN ? 0 : row[i] * stride);
+            to[i] = place(column_of(row[i]), k, ROW);
 #pragma unroll
-        for (int w = 0; w < 4; w += 2) {
-            uint2 a = halves_of_codes(words[w]), b = halves_of_codes(words[w + 1]);
-            u32 at = tile + place(column_of(r), k + w * 8, VALUE_ROW);
-            asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a.x), "r"(a.y), "r"(b.x), "r"(b.y));
+            for (int w = 0; w < 2; w++) value_to[i][w] = place(column_of(row[i]), 2 * k + 16 * w, VALUE_ROW);
+            // Not to be computed anew for each tile.
+            asm volatile("" : "+l"(from[i]), "+r"(to[i]));
+            if constexpr (CODES_IN) asm volatile("" : "+r"(value_to[i][0]), "+r"(value_to[i][1]));
         }
     }
-}
+    // Whether it is one of fewer than there are threads.
+    __device__ bool none(int i) const { return CHUNKS % THREADS && row[i] >= TILE; }
+    // Starts copying to a tile rows `first` .. `first` + 64, `beyond` bytes behind the keys; rows from `limit` on become 0.
+    __device__ void start(u32 tile, u32 beyond, u32 stride, int first, int limit) const {
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            if (none(i)) break;
+            int bytes = row[i] < limit - first ? 16 : 0;
+            const char *from = this->from[i] + (u64)(u32)first * stride + beyond;
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(tile + to[i]), "l"(from), "r"(bytes));
+        }
+    }
+    // Codes of such rows.
+    __device__ void load(uint4 *codes, u32 beyond, u32 stride, int first, int limit) const {
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            // Behind the last row that one again, with weights of 0: a choice here would wait for what is loaded.
+            const char *from = this->from[i] + (u64)(u32)min(first + row[i], limit - 1) * stride + beyond;
+            asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(codes[i].x), "=r"(codes[i].y), "=r"(codes[i].z), "=r"(codes[i].w)
+                         : "l"(from));
+        }
+    }
+    __device__ static void put(u32 at, u32 a, u32 b, u32 c, u32 d) {
+        asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a), "r"(b), "r"(c), "r"(d));
+    }
+    __device__ void put_keys(u32 tile, const uint4 *codes) const {
+#pragma unroll
+        for (int i = 0; i < OWN; i++)
+            if (!none(i)) put(tile + to[i], codes[i].x, codes[i].y, codes[i].z, codes[i].w);
+    }
+    // As halves.
+    __device__ void put_values(u32 tile, const uint4 *codes) const {
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            if (none(i)) continue;
+            uint2 a = halves_of_codes(codes[i].x), b = halves_of_codes(codes[i].y);
+            uint2 c = halves_of_codes(codes[i].z), d = halves_of_codes(codes[i].w);
+            put(tile + value_to[i][0], a.x, a.y, b.x, b.y);
+            put(tile + value_to[i][1], c.x, c.y, d.x, d.y);
+        }
+    }
+};
 
 extern "C" __global__ void __launch_bounds__(THREADS * SPLIT, D == 128 || SPLIT > 1 ? 1 : 4 / WARPGROUPS)
     forward(void *out, const void *qkv, const Tile *tiles, int heads, float unit, float value, float step) {
@@ -169,36 +199,43 @@ extern "C" __global__ void __launch_bounds__(THREADS * SPLIT, D == 128 || SPLIT 
     int lane = threadIdx.x % 32, h = blockIdx.y, length = own.length;
     int row = own.query + thread() / 32 * 16, share = SPLIT == 1 ? 0 : threadIdx.x / THREADS;
     constexpr int SIZE = CODES_IN ? 1 : 2;
-    long long stride = 3ll * heads * D * SIZE;
-    const char *q = (const char *)qkv + own.first * stride + h * D * SIZE;
+    u32 stride = 3 * heads * D * SIZE;
+    const char *q = (const char *)qkv + (u64)(u32)own.first * stride + h * D * SIZE;
     const char *k = q + heads * D * SIZE, *v = k + heads * D * SIZE;
     // Swizzling counts from a multiple of 1,024.
     u32 front = (shared_address(memory) + 1023) & ~1023u, base = front + share * RING, ones = front + SPLIT * RING;
-    if constexpr (ONES_COLUMN)
-        for (int i = threadIdx.x; i < ONES_BYTES / 4; i += THREADS * SPLIT)
-            asm volatile("st.shared.b32 [%0], %1;" ::"r"(ones + 4 * i), "r"(0x3C003C00));
-    auto keys = [&](int t) { return base + t % PARTS * (KEY_TILE + VALUE_TILE); };
+    if (ONES_COLUMN && threadIdx.x < ONES_BYTES / 16)
+        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(ones + 16 * threadIdx.x), "r"(0x3C003C00));
+    auto keys = [&](int t) { return base + (u32)t % PARTS * PART; };
     auto values = [&](int t) { return keys(t) + KEY_TILE; };
     // This group's tiles, of those there are, and the first key of each.
     int all = (length + TILE - 1) / TILE, count = (all - share + SPLIT - 1) / SPLIT;
     auto key = [&](int t) { return (t * SPLIT + share) * TILE; };
-    uint4 held[HELD];
-    const Copies copies((u32)stride);
+    const Copies copies(k, stride);
+    u32 apart = (u32)(v - k);
     auto start = [&](int t) {
         if (t < count) {
-            copies.start(keys(t), k, (u32)stride, key(t), length);
-            if constexpr (!CODES_IN) copies.start(values(t), v, (u32)stride, key(t), length);
+            copies.start(keys(t), 0, stride, key(t), length);
+            copies.start(values(t), apart, stride, key(t), length);
         }
         asm volatile("cp.async.commit_group;");
     };
-    start(0);
-    start(1);
-    start(2);
+    // Of codes, the keys of a tile and the values of the one before.
+    uint4 next_keys[OWN], next_values[OWN];
+    auto load = [&](int t) {
+        copies.load(next_keys, 0, stride, key(t), length);
+        copies.load(next_values, apart, stride, key(t - 1), length);
+    };
+    auto put = [&](int t) {
+        copies.put_keys(keys(t), next_keys);
+        copies.put_values(values(t - 1), next_values);
+    };
+    uint4 first_keys[OWN];
     if constexpr (CODES_IN) {
-        take(held, v, stride, key(0), length);
-        put(values(0), held);
-        take(held, v, stride, key(1), length);
-    }
+        copies.load(first_keys, 0, stride, key(0), length);
+        load(1);
+    } else
+        for (int t = 0; t < 3; t++) start(t);
     // The left operand of a product, straight from memory: rows g and g + 8, four bytes at 4 j and 16 later.
     u32 a[STEPS][4];
 #pragma unroll
@@ -206,21 +243,38 @@ extern "C" __global__ void __launch_bounds__(THREADS * SPLIT, D == 128 || SPLIT 
 #pragma unroll
         for (int c = 0; c < 4; c++) {
             int r = row + lane / 4 + c % 2 * 8;
-            a[i][c] = r < length ? *(const u32 *)(q + r * stride + i * 32 + c / 2 * 16 + lane % 4 * 4) : 0;
+            a[i][c] = r < length ? *(const u32 *)(q + (u64)(u32)r * stride + i * 32 + c / 2 * 16 + lane % 4 * 4) : 0;
         }
     Sum sums[TILE / 8][4];
     float o[BLOCKS][4] = {};
     Softmax m;
+    // Low words of descriptors. The ones stay where they are while the values of a product move on.
+    constexpr bool BESIDE = ONES_COLUMN && D != 128;
+    constexpr u32 MOVE = BESIDE ? 1 - (1 << 16) : 1;
+    u32 key_words = (front >> 4) + share * (RING / 16);
+    u32 value_words = key_words + KEY_TILE / 16 + ((BESIDE ? (SPLIT - share) * RING - KEY_TILE : TILE * VALUE_ROW) / 16 << 16);
     auto scores = [&](int t) {
 #pragma unroll
         for (int i = 0; i < STEPS; i++)
-            score(sums, a[i], descriptor(keys(t) + i * 32 / ROW * (TILE * ROW) + i * 32 % ROW, ROW, 0), i > 0);
+            score(sums, a[i], descriptor(key_words + (u32)t % PARTS * (PART / 16) + i * 32 / ROW * (TILE * ROW / 16) + i * 32 % ROW / 16, ROW), i > 0);
     };
-    arrived<2>();
+    if constexpr (CODES_IN) copies.put_keys(keys(0), first_keys);
+    written<2>();
+    meet();
     fence();
     scores(0);
     commit();
+    // While products are made. What is loaded before the fence, that waits for.
+    auto prepare = [&](int t) {
+        if constexpr (CODES_IN) put(t);
+        written<1>();
+        if constexpr (CODES_IN) load(t + 1);
+    };
+    prepare(1);
     wait<0>();
+    // What was put is there, and what was read can be written to.
+    Meeting meeting;
+    meeting.arrive();
     // Scores become the left operand of the product with values.
     u32 w[TILE / 16][4];
     auto soften = [&](bool first, bool last) {
@@ -231,7 +285,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * SPLIT, D == 128 || SPLIT 
 #pragma unroll
                 for (int c = 0; c < 4; c++)
                     s[n][c] = score_of(sums[n][c]);
-        if (last) close(s, length - key(count - 1));
+        if (last && length - key(count - 1) < TILE) close(s, length - key(count - 1));
         // Bases are those of the sequence's first tile, however tiles are shared out.
         float2 *own = bases + thread() / 32 * 16 + lane / 4;
         if (SPLIT > 1 && first && share) {
@@ -252,30 +306,26 @@ extern "C" __global__ void __launch_bounds__(THREADS * SPLIT, D == 128 || SPLIT 
     auto outputs = [&](int t) {
 #pragma unroll
         for (int i = 0; i < TILE / 16; i++) {
-            u32 at = values(t) + i * 16 * VALUE_ROW;
-            apply(o, w[i], descriptor(at, VALUE_ROW, D == 128 ? TILE * VALUE_ROW : ones - at));
+            apply(o, w[i], descriptor(value_words + (u32)t % PARTS * (PART / 16 * MOVE) + i * VALUE_ROW * MOVE, VALUE_ROW));
             if (ONES_COLUMN && D == 128) add_up(o[BLOCKS - 1], w[i], ones >> 4);
         }
     };
     for (int t = 0; t < count - 1; t++) {
         soften(t == 0, false);
-        arrived<1>();
+        meeting.wait();
         // Into the part that was read last turn.
-        start(t + 3);
+        if constexpr (!CODES_IN) start(t + 3);
         fence();
         outputs(t);
         scores(t + 1);
         commit();
-        if constexpr (CODES_IN) {
-            put(values(t + 1), held);
-            take(held, v, stride, key(t + 2), length);
-        }
+        prepare(t + 2);
         wait<0>();
+        meeting.arrive();
     }
     if (SPLIT == 1 || count > 0) {
         soften(count == 1, true);
-        // The last values that were codes were written after the last barrier.
-        if constexpr (CODES_IN) arrived<0>();
+        meeting.wait();
         fence();
         outputs(count - 1);
         commit();
@@ -286,7 +336,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * SPLIT, D == 128 || SPLIT 
         auto mine = [&](int part) { return (float *)(memory + (base - shared_address(memory)) + part * RING) + thread(); };
         if (share) {
             // The others may still read them.
-            arrived<0>();
+            meet();
             float *to = mine(0);
 #pragma unroll
             for (int i = 0; i < 4 * BLOCKS; i++) to[i * THREADS] = o[i / 4][i % 4];
