@@ -1,8 +1,11 @@
 use super::{Lookup, Norm, Out, Summand};
-use crate::cuda::{Arg, Gpu, Grid, Source, Variant, source};
+use crate::cuda::{Arg, Gpu, Grid, Source, Variant};
 use crate::{DType, Tensor};
 
-static SOURCE: Source = source!("norm_codes");
+pub(crate) static SOURCE: Source = Source {
+    name: "norm_codes",
+    text: concat!(include_str!("row.cuh"), "\n#line 1 \"kernel.cu\"\n", include_str!("kernel.cu")),
+};
 
 /// Rows of a block at a time: a warp each.
 const ROWS: usize = 4;
@@ -12,7 +15,7 @@ fn blocks(width: usize) -> usize {
     if width <= 768 { 4 } else { 3 }
 }
 
-const ABSENT: Arg = Arg::Pointer(0);
+pub(crate) const ABSENT: Arg = Arg::Pointer(0);
 
 fn variant(width: usize, norm: usize, coded: bool) -> Variant {
     SOURCE.with(
@@ -30,7 +33,7 @@ pub(crate) fn variants() -> Vec<Variant> {
 }
 
 /// Which norm, gain, bias, eps.
-fn parts(norm: Option<Norm>) -> (usize, [Arg; 3]) {
+pub(crate) fn parts(norm: Option<Norm>) -> (usize, [Arg; 3]) {
     match norm {
         None => (0, [ABSENT, ABSENT, 0.0f32.into()]),
         Some(Norm::Layer { gain, bias, eps }) => {
@@ -41,7 +44,7 @@ fn parts(norm: Option<Norm>) -> (usize, [Arg; 3]) {
 }
 
 /// Hidden states, codes, and their step.
-fn outputs(out: Out) -> ([Arg; 2], Arg) {
+pub(crate) fn outputs(out: Out) -> ([Arg; 2], Arg) {
     let hidden = out.hidden.map_or(ABSENT, |h| h.memory().into());
     let codes = out.codes.map_or(ABSENT, |c| c.to.memory().into());
     ([hidden, codes], out.codes.map_or(1.0, |c| c.step).into())

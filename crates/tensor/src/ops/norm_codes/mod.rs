@@ -4,6 +4,8 @@
 
 mod cuda;
 
+pub(crate) use cuda::{ABSENT, SOURCE, outputs, parts};
+
 #[cfg(test)]
 pub(crate) use cuda::variants;
 
@@ -98,7 +100,7 @@ pub fn embed_norm(
     }
 }
 
-fn check(norm: Option<Norm>, out: Out, shape: &[usize]) {
+pub(crate) fn check(norm: Option<Norm>, out: Out, shape: &[usize]) {
     let vectors = match norm {
         None => [None, None],
         Some(Norm::Layer { gain, bias, .. }) => [Some(gain), Some(bias)],

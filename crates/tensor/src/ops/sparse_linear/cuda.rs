@@ -2,10 +2,11 @@
 
 use std::fmt;
 
+use super::normed::NORMED;
 use super::pack::{COLS, block_bytes};
 use super::{Epilogue, Shape, Store, Weight};
 use crate::cuda::{Arg, Gpu, Grid, Source, TensorMap, Variant, fnv};
-use crate::ops::activation;
+use crate::ops::{activation, norm_codes};
 use crate::{DType, Tensor};
 
 static MMA: Source = Source {
@@ -18,6 +19,7 @@ static WGMMA: Source = Source {
     text: concat!(
         include_str!("epilogue.cuh"),
         include_str!("../tma.cuh"),
+        include_str!("hopper.cuh"),
         "\n#line 1 \"wgmma.cu\"\n",
         include_str!("wgmma.cu")
     ),
@@ -95,22 +97,22 @@ const NARROW: [usize; 4] = [128, 64, 32, 16];
 const MMA_STAGES: usize = 3;
 
 /// Bytes of shared memory that the alignment of stages may cost.
-const ALIGNMENT: usize = 1 << 10;
+pub(super) const ALIGNMENT: usize = 1 << 10;
 
 /// Bytes of shared memory that a block's barriers and the driver take.
-const RESERVED: usize = 2 << 10;
+pub(super) const RESERVED: usize = 2 << 10;
 
 /// What decides which kernels a GPU can run and how many blocks fill it.
 #[derive(Clone, Copy)]
-struct Chip {
-    hopper: bool,
+pub(super) struct Chip {
+    pub(super) hopper: bool,
     /// Bytes of shared memory that a block may have.
-    shared: usize,
-    multiprocessors: usize,
+    pub(super) shared: usize,
+    pub(super) multiprocessors: usize,
 }
 
 impl Chip {
-    fn of(gpu: Gpu) -> Chip {
+    pub(super) fn of(gpu: Gpu) -> Chip {
         Chip { hopper: gpu.hopper(), shared: gpu.shared_memory(), multiprocessors: gpu.multiprocessors() }
     }
 }
@@ -254,8 +256,8 @@ fn aligned(e: &Epilogue) -> bool {
     (e.scale.len() * e.store.dtype().size()).is_multiple_of(16)
 }
 
-/// The constants that both sources are compiled with.
-fn options(
+/// The constants that all sources are compiled with.
+pub(super) fn options(
     sparse: bool,
     tokens: usize,
     stages: usize,
@@ -319,7 +321,7 @@ pub(super) fn prepare(all: &[(Kernel, &Weight, &Epilogue)]) {
 }
 
 pub(super) fn version() -> u64 {
-    fnv([MMA.text, WGMMA.text].concat().as_bytes())
+    fnv([MMA.text, WGMMA.text, NORMED.text, norm_codes::SOURCE.text].concat().as_bytes())
 }
 
 pub(super) fn launch(kernel: &Kernel, x: &Tensor, w: &Weight, e: &Epilogue, out: &mut Tensor) {
@@ -332,11 +334,6 @@ pub(super) fn launch(kernel: &Kernel, x: &Tensor, w: &Weight, e: &Epilogue, out:
     }
     let (variant, shared) = variant(*kernel, shape.sparse, chip.shared, e);
     let optional = |t: Option<&Tensor>| t.map_or(Arg::Pointer(0), |t| t.memory().into());
-    let step = match &e.store {
-        Store::Codes { step, .. } => Some(step),
-        Store::Table { codes, .. } => Some(codes),
-        Store::Accumulators | Store::Half => None,
-    };
     let (name, first, blocks, threads): (_, Vec<Arg>, _, _) = match kernel.0 {
         Form::Mma { tokens: tile } => {
             let blocks = shape.rows.div_ceil(64) * tokens.div_ceil(tile);
@@ -368,7 +365,7 @@ pub(super) fn launch(kernel: &Kernel, x: &Tensor, w: &Weight, e: &Epilogue, out:
         e.scale.memory().into(),
         optional(e.bias.as_ref()),
         optional(e.output_step.as_ref()),
-        optional(step),
+        optional(e.store.parameters()),
         out.memory_mut().into(),
         (tokens as i32).into(),
         (shape.rows as i32).into(),
@@ -420,6 +417,7 @@ pub(crate) fn variants() -> (Vec<Variant>, Vec<Variant>) {
         let tiles = wide.chain(narrow).filter(|k| k.fits(sparse));
         hopper.extend(tiles.map(|k| with(Form::Wgmma(k), sparse, &epilogues[3])));
     }
+    hopper.extend(super::normed::variants());
     (any, hopper)
 }
 

@@ -11,6 +11,7 @@
 //! the caller to time. All give the same accumulators.
 
 mod cuda;
+mod normed;
 mod pack;
 
 use std::fmt;
@@ -20,6 +21,7 @@ pub(crate) use cuda::variants;
 
 use super::activation::{self, Activation};
 use super::int8_linear::quantize;
+use super::norm_codes;
 use crate::cuda::Gpu;
 use crate::{DType, Device, Tensor};
 
@@ -116,6 +118,17 @@ pub struct Epilogue {
     pub store: Store,
 }
 
+impl Epilogue {
+    fn check(&self, w: &Weight) {
+        let step = self.store.parameters().filter(|t| t.dtype() == DType::F32);
+        for t in
+            [Some(&self.scale), self.bias.as_ref(), self.output_step.as_ref(), step].into_iter().flatten()
+        {
+            assert!(t.dtype() == DType::F32 && t.len() == w.rows(), "{t:?} of {w:?}");
+        }
+    }
+}
+
 /// What a map writes.
 #[derive(Clone, Debug)]
 pub enum Store {
@@ -154,6 +167,15 @@ impl Store {
         Store::Table { codes, bounded: most / pair < 8_388_608.0 }
     }
 
+    /// What is stored for each feature or code: step sizes, or a table.
+    fn parameters(&self) -> Option<&Tensor> {
+        match self {
+            Store::Codes { step, .. } => Some(step),
+            Store::Table { codes, .. } => Some(codes),
+            Store::Accumulators | Store::Half => None,
+        }
+    }
+
     /// Element type of the output.
     pub fn dtype(&self) -> DType {
         match self {
@@ -165,6 +187,7 @@ impl Store {
 }
 
 pub use cuda::Kernel;
+pub use normed::NormedKernel;
 
 /// The kernels that can multiply `w` with this many tokens on its GPU, the likely fastest first. Never empty.
 pub fn kernels(w: &Weight, tokens: usize) -> Vec<Kernel> {
@@ -192,21 +215,51 @@ pub fn sparse_linear(kernel: &Kernel, x: &Tensor, w: &Weight, e: &Epilogue, out:
         out.dtype() == e.store.dtype() && out.width() == w.rows() && out.rows() == tokens,
         "{out:?} of {w:?}"
     );
-    let step = match &e.store {
-        Store::Codes { step, .. } => Some(step),
-        Store::Table { codes, .. } => {
-            assert!(
-                e.output_step.is_some() && codes.dtype() == DType::I8 && codes.len() == TABLE,
-                "{codes:?}"
-            );
-            None
-        }
-        Store::Accumulators | Store::Half => None,
-    };
-    for t in [Some(&e.scale), e.bias.as_ref(), e.output_step.as_ref(), step].into_iter().flatten() {
-        assert!(t.dtype() == DType::F32 && t.len() == w.rows(), "{t:?} of {w:?}");
+    if let Store::Table { codes, .. } = &e.store {
+        assert!(e.output_step.is_some() && codes.dtype() == DType::I8 && codes.len() == TABLE, "{codes:?}");
     }
+    e.check(w);
     cuda::launch(kernel, x, w, e, out);
+}
+
+/// What follows a map in the same kernel: [`norm_codes::add_norm`] of what it would have written.
+#[derive(Clone, Copy, Debug)]
+pub struct AddNorm<'a> {
+    /// Step size of the map's codes, where it stores such.
+    pub pair: f32,
+    /// f16 `[tokens, out]`. `out.hidden` may be the same tensor.
+    pub residual: &'a Tensor,
+    /// Which norm.
+    pub norm: norm_codes::Norm<'a>,
+    /// What is written.
+    pub out: norm_codes::Out<'a>,
+}
+
+/// The kernels that can do both for `w` and this many tokens on its GPU, the likely fastest first. There are none for many
+/// tokens, and none for most widths.
+pub fn normed_kernels(w: &Weight, tokens: usize) -> Vec<NormedKernel> {
+    normed::kernels(w, tokens)
+}
+
+/// [`prepare`] of these.
+pub fn prepare_normed(all: &[(NormedKernel, &Weight, &Epilogue, norm_codes::Norm)]) {
+    normed::prepare(all);
+}
+
+/// [`sparse_linear`] and [`norm_codes::add_norm`] in one kernel, bit for bit, for maps that store halves or codes without an
+/// activation. Panics as they do, or if the kernel is none of [`normed_kernels`] for this weight.
+pub fn sparse_linear_norm(kernel: &NormedKernel, x: &Tensor, w: &Weight, e: &Epilogue, then: AddNorm) {
+    let shape = [x.rows(), w.rows()];
+    assert!(x.dtype() == DType::I8 && x.width() == w.cols(), "{x:?} for {w:?}");
+    assert!(
+        matches!(e.store, Store::Half | Store::Codes { activation: None, .. }),
+        "a norm of {:?}",
+        e.store
+    );
+    assert!(then.residual.dtype() == DType::F16 && then.residual.shape() == shape, "{:?}", then.residual);
+    e.check(w);
+    norm_codes::check(Some(then.norm), then.out, &shape);
+    normed::launch(kernel, x, w, e, then);
 }
 
 #[cfg(test)]
@@ -217,7 +270,7 @@ mod tests {
     use crate::ops::int8_linear::{Int8Weight, matmul_i32};
 
     /// Repeatable codes; a few rows of one sign and full size, which make the largest sums.
-    fn codes(rows: usize, cols: usize, seed: u64) -> Vec<i8> {
+    pub(super) fn codes(rows: usize, cols: usize, seed: u64) -> Vec<i8> {
         let row = |r: usize| {
             let kind = random(seed ^ 77, r as u32) % 8;
             (0..cols).map(move |c| match kind {
@@ -231,13 +284,13 @@ mod tests {
 
     /// A 2:4 weight: dense codes, and values and indices of the packed format. Kept places are random; some kept values
     /// are zero, some groups are empty.
-    struct Sparse {
-        dense: Vec<i8>,
-        values: Tensor,
-        meta: Tensor,
+    pub(super) struct Sparse {
+        pub(super) dense: Vec<i8>,
+        pub(super) values: Tensor,
+        pub(super) meta: Tensor,
     }
 
-    fn sparse(rows: usize, cols: usize, seed: u64) -> Sparse {
+    pub(super) fn sparse(rows: usize, cols: usize, seed: u64) -> Sparse {
         const PAIRS: [[usize; 2]; 6] = [[0, 1], [0, 2], [1, 2], [0, 3], [1, 3], [2, 3]];
         let mut dense = codes(rows, cols, seed);
         let mut values = Vec::new();
@@ -261,12 +314,12 @@ mod tests {
         }
     }
 
-    fn floats(n: usize, seed: u64, low: f32, high: f32) -> Tensor {
+    pub(super) fn floats(n: usize, seed: u64, low: f32, high: f32) -> Tensor {
         let at = |i: usize| low + random(seed, i as u32) as f32 / u32::MAX as f32 * (high - low);
         Tensor::from_f32((0..n).map(at).collect(), &[n])
     }
 
-    fn gpus() -> impl Iterator<Item = Gpu> {
+    pub(super) fn gpus() -> impl Iterator<Item = Gpu> {
         devices().into_iter().filter_map(|d| match d {
             Device::Cpu => None,
             Device::Cuda(gpu) => Some(gpu),
