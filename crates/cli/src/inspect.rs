@@ -163,8 +163,9 @@ fn plan(m: &ArgMatches, model: &Model, dir: &Path) -> Result<()> {
                         .map_or("none".into(), |t| format!("{:.1} us ({})", t.microseconds, t.kernel))
                 };
                 out(format_args!(
-                    "  {:?}{} [{}, {}] of {} tokens, {} maps: {}; 2:4 {}, dense {}",
+                    "  {:?}{}{} [{}, {}] of {} tokens, {} maps: {}; 2:4 {}, dense {}",
                     row.place,
+                    if row.norm { " and norm" } else { "" },
                     if row.first { " (first tokens)" } else { "" },
                     row.shape[0],
                     row.shape[1],

@@ -6,7 +6,7 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 use gpusq::Error;
 use gpusq::arch::{self, Config};
 use gpusq::config::Method;
-use gpusq::engine::{Engine, Products};
+use gpusq::engine::{Engine, Place, Products};
 use gpusq::format::packed::{round_dense, unpack_codes};
 use gpusq::forward::{Bound, Compute, Inputs, Output, TapSet, Tokens, forward};
 use gpusq::model::{Model, Stage, compressible};
@@ -802,6 +802,10 @@ fn a_gpu_runs_what_it_measured_to_be_fastest() {
                 "{row:?}"
             );
             assert_eq!(row.why_dense().is_some(), !row.sparse);
+            assert_eq!(row.norm, matches!(row.place, Place::AttentionOut | Place::FfnOut));
+            // On Hopper kernels with the norm in them are among those that were timed.
+            let named = |part| row.times.iter().any(|t| t.kernel.contains(part));
+            assert_eq!(named("with norm"), row.norm && named("wgmma"), "{row:?}");
         }
         // A second engine finds it on disk.
         assert_eq!(Engine::load(&model, gpu).unwrap().plan(&inputs).unwrap().unwrap(), plan);

@@ -41,6 +41,8 @@ pub struct Row {
     pub shape: [usize; 2],
     /// How many of the network's maps it stands for.
     pub maps: usize,
+    /// Whether times are those of the map and the norm behind it, which some kernels compute together.
+    pub norm: bool,
     /// The kernel that is used, one of `times`.
     pub kernel: String,
     /// Whether that multiplies the 2:4 weight rather than its dense twin.
@@ -136,6 +138,7 @@ mod tests {
             tokens: 16,
             shape: [8, 8],
             maps: 2,
+            norm: false,
             kernel: "c".into(),
             sparse,
             times: times.clone(),

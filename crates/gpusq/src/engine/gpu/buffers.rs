@@ -3,9 +3,10 @@
 use std::ops::Range;
 
 use gpusq_tensor::cuda::{Arena, Layout};
+use gpusq_tensor::ops::codes::Codes;
 use gpusq_tensor::{DType, Segments, Tensor};
 
-use super::maps::Map;
+use super::maps::{Map, States};
 use super::network::{Block, HeadMaps, Network};
 use crate::engine::plan::Place;
 use crate::inputs::Tokens;
@@ -91,7 +92,7 @@ impl Buffers {
         let mut tensor = |dtype, rows: usize, width: usize| place.tensor(dtype, &[rows, width]);
         let of = |map: fn(&Block) -> &Map| network.blocks.first().map_or(DType::I8, |b| map(b).dtype());
         let (qkv, added, inner_type) =
-            (of(|b| &b.qkv), [of(|b| &b.out), of(|b| &b.ffn_out)], of(|b| &b.ffn_in));
+            (of(|b| &b.qkv), [of(|b| &b.out.map), of(|b| &b.ffn_out.map)], of(|b| &b.ffn_in));
         // What attention gives is read as the feed-forward's inner activations are: all maps are of one kind.
         let mixed = inner_type;
         let first = match network.head {
@@ -126,22 +127,41 @@ impl Buffers {
         }
     }
 
-    /// What a map reads and writes. A classifier's last map reads its `dense` layer's codes if there is one.
-    pub(super) fn ends(&mut self, place: Place, first: bool, dense: bool) -> (&Tensor, &mut Tensor) {
+    /// What a map reads and writes, and the states that a norm behind it works on. A classifier's last map reads its `dense`
+    /// layer's codes if there is one.
+    pub(super) fn ends(
+        &mut self,
+        place: Place,
+        first: bool,
+        dense: bool,
+    ) -> (&Tensor, &mut Tensor, States<'_>) {
         let sums = self.sums.as_mut();
         let sums = || sums.expect("a head has sums");
-        match (self.first.as_mut().filter(|_| first), place) {
-            (None, Place::Qkv) => (&self.codes, &mut self.qkv),
-            (None, Place::AttentionOut) => (&self.mixed, &mut self.added[0]),
-            (None, Place::FfnIn) => (&self.codes, &mut self.inner),
-            (None, Place::FfnOut) => (&self.inner, &mut self.added[1]),
-            (None, Place::HeadOut) => (&self.codes, sums()),
-            (Some(f), Place::AttentionOut) => (&f.mixed, &mut f.added[0]),
-            (Some(f), Place::FfnIn) => (&f.codes, &mut f.inner),
-            (Some(f), Place::FfnOut) => (&f.inner, &mut f.added[1]),
-            (Some(f), Place::HeadDense) => (&f.codes, &mut f.mixed),
-            (Some(f), Place::HeadOut) => (if dense { &f.mixed } else { &f.codes }, sums()),
-            (None, Place::HeadDense) | (Some(_), Place::Qkv) => unreachable!("no map is there"),
+        // Which step the codes have makes no difference in time.
+        let states = |hidden, to| States { hidden, codes: Some(Codes { to, step: 1.0 }) };
+        match self.first.as_mut().filter(|_| first) {
+            None => {
+                let (x, out) = match place {
+                    Place::Qkv => (&self.codes, &mut self.qkv),
+                    Place::AttentionOut => (&self.mixed, &mut self.added[0]),
+                    Place::FfnIn => (&self.codes, &mut self.inner),
+                    Place::FfnOut => (&self.inner, &mut self.added[1]),
+                    Place::HeadOut => (&self.codes, sums()),
+                    Place::HeadDense => unreachable!("no map is there"),
+                };
+                (x, out, states(&self.hidden, &self.codes))
+            }
+            Some(f) => {
+                let (x, out) = match place {
+                    Place::AttentionOut => (&f.mixed, &mut f.added[0]),
+                    Place::FfnIn => (&f.codes, &mut f.inner),
+                    Place::FfnOut => (&f.inner, &mut f.added[1]),
+                    Place::HeadDense => (&f.codes, &mut f.mixed),
+                    Place::HeadOut => (if dense { &f.mixed } else { &f.codes }, sums()),
+                    Place::Qkv => unreachable!("no map is there"),
+                };
+                (x, out, states(&f.hidden, &f.codes))
+            }
         }
     }
 

@@ -1,13 +1,20 @@
 //! Linear maps on a GPU: from packed weights to launches.
 
+use std::fmt;
 use std::sync::OnceLock;
 
 use gpusq_tensor::cuda::Gpu;
 use gpusq_tensor::ops::activation::Activation;
-use gpusq_tensor::ops::sparse_linear::{Epilogue, Kernel, Store, Weight, sparse_linear};
+use gpusq_tensor::ops::codes::Codes;
+use gpusq_tensor::ops::norm_codes::{Out, Summand, add_norm};
+use gpusq_tensor::ops::sparse_linear::{
+    self, AddNorm, Epilogue, Kernel, NormedKernel, Store, Weight, kernels, normed_kernels, sparse_linear,
+    sparse_linear_norm,
+};
 use gpusq_tensor::ops::{dense_linear, half_linear, lsq};
 use gpusq_tensor::{DType, Device, Tensor};
 
+use super::network::Normal;
 use crate::engine::Products;
 use crate::engine::weights::Readers;
 use crate::format::packed::{unpack_codes, unpack_f32};
@@ -35,11 +42,107 @@ pub(super) struct CodesMap {
     pub(super) epilogue: Epilogue,
 }
 
-/// The kernel of one map.
+/// A map, the residual that is added, and the norm behind it.
+pub(super) struct Normed {
+    pub(super) map: Map,
+    /// Step size of what the map gives, where that is codes.
+    pub(super) pair: Option<f32>,
+    pub(super) norm: Normal,
+}
+
+/// Kernels with a norm in them that are worth timing.
+const NORMED: usize = 5;
+
+/// Hidden states, which are a norm's residual and what it overwrites, and the codes that are made of them.
+#[derive(Clone, Copy)]
+pub(super) struct States<'a> {
+    pub(super) hidden: &'a Tensor,
+    pub(super) codes: Option<Codes<'a>>,
+}
+
+/// What a plan finds kernels for: an INT8 map, with the norm behind it where one kernel may do both.
+#[derive(Clone, Copy)]
+pub(super) struct Step<'a> {
+    pub(super) map: &'a CodesMap,
+    pub(super) normed: Option<&'a Normed>,
+}
+
+/// What computes a step.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    /// The map's kernel; a norm behind has one of its own.
+    Map(Kernel),
+    /// Both in one.
+    Normed(NormedKernel),
+}
+
+/// The kernel of one step.
 #[derive(Clone, Copy)]
 pub(super) struct Choice {
-    pub(super) kernel: Kernel,
+    pub(super) way: Way,
     pub(super) sparse: bool,
+}
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Way::Map(kernel) => kernel.fmt(f),
+            Way::Normed(kernel) => kernel.fmt(f),
+        }
+    }
+}
+
+impl Step<'_> {
+    /// What can compute it for so many rows with this form of its weight, the likely fastest first; at most so many, and as
+    /// many with the norm in them, which come first: they are for few rows alone.
+    pub(super) fn ways(&self, w: &Weight, rows: usize, most: usize) -> Vec<Way> {
+        let normed = self.normed.map(|_| normed_kernels(w, rows)).unwrap_or_default();
+        let own = kernels(w, rows).into_iter().take(most).map(Way::Map);
+        normed.into_iter().take(most.min(NORMED)).map(Way::Normed).chain(own).collect()
+    }
+
+    /// Asks for the map of `x`, in this form of its weight, to `out`; where there is a norm behind, for the `states` after it,
+    /// and what `out` holds then depends on the way.
+    pub(super) fn launch(&self, way: Way, w: &Weight, x: &Tensor, out: &mut Tensor, states: States) {
+        let e = &self.map.epilogue;
+        match (way, self.normed) {
+            (Way::Map(kernel), normed) => {
+                sparse_linear(&kernel, x, w, e, out);
+                if let Some(normed) = normed {
+                    normed.add(out, states);
+                }
+            }
+            (Way::Normed(kernel), Some(Normed { pair, norm, .. })) => {
+                // No kernel asks for the step of what are no codes.
+                let (pair, norm) = (pair.unwrap_or(1.0), norm.of());
+                let then = AddNorm { pair, residual: states.hidden, norm, out: states.out() };
+                sparse_linear_norm(&kernel, x, w, e, then);
+            }
+            (Way::Normed(kernel), None) => unreachable!("{kernel} where there is no norm"),
+        }
+    }
+}
+
+impl<'a> States<'a> {
+    fn out(self) -> Out<'a> {
+        Out { hidden: Some(self.hidden), codes: self.codes }
+    }
+}
+
+/// Compiles, on all threads, what these launch.
+pub(super) fn prepare(all: &[(Way, &Weight, Step)]) {
+    let (mut own, mut normed) = (Vec::new(), Vec::new());
+    for &(way, w, Step { map, normed: behind }) in all {
+        match way {
+            Way::Map(kernel) => own.push((kernel, w, &map.epilogue)),
+            Way::Normed(kernel) => {
+                let behind = behind.expect("this kernel is offered where there is a norm");
+                normed.push((kernel, w, &map.epilogue, behind.norm.of()));
+            }
+        }
+    }
+    sparse_linear::prepare(&own);
+    sparse_linear::prepare_normed(&normed);
 }
 
 /// The last map. 32-bit sums are scaled on the host, as the CPU engine does it.
@@ -222,15 +325,42 @@ impl Map {
         }
     }
 
+    /// Asks for the map of `x`; of an INT8 one by the kernel that was chosen for it.
     pub(super) fn launch(&self, choice: Option<&Choice>, x: &Tensor, out: &mut Tensor) {
         match self {
-            Map::Codes(map) => {
-                let choice = choice.expect("every INT8 map has a kernel");
-                sparse_linear(&choice.kernel, x, map.multiplied(choice), &map.epilogue, out);
-            }
+            Map::Codes(map) => match choice {
+                Some(choice @ Choice { way: Way::Map(kernel), .. }) => {
+                    sparse_linear(kernel, x, map.multiplied(choice), &map.epilogue, out);
+                }
+                _ => unreachable!("every INT8 map has a kernel"),
+            },
             Map::Half { weight, bias, function } => half_linear::apply(x, weight, bias, *function, out),
             Map::Last { weight, bias } => dense_linear::apply(x, weight, bias.as_ref(), None, out),
         }
+    }
+}
+
+impl Normed {
+    /// Asks for the `states` after the norm; `added` has room for what the map of `x` gives.
+    pub(super) fn launch(&self, choice: Option<&Choice>, x: &Tensor, added: &mut Tensor, states: States) {
+        match (&self.map, choice) {
+            (Map::Codes(map), Some(choice)) => {
+                let step = Step { map, normed: Some(self) };
+                step.launch(choice.way, map.multiplied(choice), x, added, states);
+            }
+            (map, choice) => {
+                map.launch(choice, x, added);
+                self.add(added, states);
+            }
+        }
+    }
+
+    fn add(&self, added: &Tensor, states: States) {
+        let summand = match self.pair {
+            Some(step) => Summand::Codes(added, step),
+            None => Summand::Half(added),
+        };
+        add_norm(summand, Some(states.hidden), self.norm.of(), states.out());
     }
 }
 

@@ -14,7 +14,7 @@ use std::collections::hash_map::Entry;
 use std::sync::{Mutex, MutexGuard};
 
 use gpusq_tensor::cuda::{Arena, CudaError, Gpu, Graph, Pinned, Stream};
-use gpusq_tensor::ops::sparse_linear::{Kernel, Weight, kernels, prepare, sparse_linear};
+use gpusq_tensor::ops::sparse_linear::Weight;
 use gpusq_tensor::{Tensor, f16};
 
 use super::Products;
@@ -25,14 +25,14 @@ use crate::spec::{Numbering, Positions, Stack};
 use crate::{Error, Result};
 
 use buffers::{Bucket, Buffers, Part, input_parts, lengths, passes};
-use maps::CodesMap;
+use maps::{Step, Way, prepare};
 use network::{HeadMaps, Network};
 
 /// Tokens of one pass. Larger batches take several: nothing is gained beyond.
 const MOST_TOKENS: usize = 1 << 15;
 /// Maps of a place that kernels are timed on, one after the other.
 const TIMED_MAPS: usize = 2;
-/// Kernels of each kind that are timed for a map.
+/// Kernels of each kind, and of these again with the norm in them, that are timed for a map.
 const SPARSE_CANDIDATES: usize = 8;
 const DENSE_CANDIDATES: usize = 4;
 /// Launches on each of them in a run, and runs, of which the median counts.
@@ -51,12 +51,10 @@ pub(super) struct Encoder {
     pad: Option<u32>,
 }
 
-/// The kernels that are worth timing: the first of all that can compute a map, which come in the order of what is likely.
+/// The kernels that are worth timing: the first of all that can compute a step, which come in the order of what is likely.
 /// Each takes half a second to compile when it is first met.
-fn likely(w: &Weight, rows: usize) -> Vec<Kernel> {
-    let mut all = kernels(w, rows);
-    all.truncate(if w.is_sparse() { SPARSE_CANDIDATES } else { DENSE_CANDIDATES });
-    all
+fn likely(step: &Step, w: &Weight, rows: usize) -> Vec<Way> {
+    step.ways(w, rows, if w.is_sparse() { SPARSE_CANDIDATES } else { DENSE_CANDIDATES })
 }
 
 /// What can be done about memory that was missing when a model was loaded.
@@ -296,18 +294,17 @@ impl Context {
         }
         let mut trials = Vec::new();
         for (first, rows) in [(false, class.tokens), (true, class.sequences)] {
-            for (place, maps) in network.maps(first) {
-                self.twins(place, first, &maps)?;
-                trials.push(Trial { place, first, rows, maps });
+            for (place, steps) in network.steps(first) {
+                self.twins(place, first, &steps)?;
+                trials.push(Trial { place, first, rows, steps });
             }
         }
         let Context { stream, input, arena, twins, products, .. } = self;
         let candidates: Vec<_> =
             trials.iter().map(|t| t.candidates(&twins[&(t.place, t.first)], *products)).collect();
         // All at once, on all threads: what is new takes half a second to compile.
-        let epilogues = trials.iter().map(|t| &t.maps[0].epilogue);
-        let all =
-            candidates.iter().zip(epilogues).flat_map(|(c, e)| c.iter().map(move |(k, w)| (*k, w[0], e)));
+        let steps = trials.iter().map(|t| t.steps[0]);
+        let all = candidates.iter().zip(steps).flat_map(|(c, s)| c.iter().map(move |(k, w)| (*k, w[0], s)));
         prepare(&all.collect::<Vec<_>>());
         let mut buffers = Buffers::new(arena, network, class);
         part.write(&buffers.segments, input);
@@ -325,44 +322,44 @@ impl Context {
         Ok(plan)
     }
 
-    /// Makes the dense twins of the maps that are timed for `maps`, if they are not there.
-    fn twins(&mut self, place: Place, first: bool, maps: &[&CodesMap]) -> Result<()> {
+    /// Makes the dense twins of the maps that are timed for `steps`, if they are not there.
+    fn twins(&mut self, place: Place, first: bool, steps: &[Step]) -> Result<()> {
         if let Entry::Vacant(new) = self.twins.entry((place, first)) {
             let gpu = self.gpu;
             // Kept once they are there: a twin without memory would be multiplied by later requests.
-            new.insert(gpu.settled(|| timed(maps).iter().map(|m| m.twin(gpu)).collect())?);
+            new.insert(gpu.settled(|| timed(steps).iter().map(|s| s.map.twin(gpu)).collect())?);
         }
         Ok(())
     }
 }
 
-/// The maps that kernels are timed on.
-fn timed<'a, 'b>(maps: &'b [&'a CodesMap]) -> &'b [&'a CodesMap] {
-    &maps[..maps.len().min(TIMED_MAPS)]
+/// The steps that kernels are timed on.
+fn timed<'a, 'b>(steps: &'b [Step<'a>]) -> &'b [Step<'a>] {
+    &steps[..steps.len().min(TIMED_MAPS)]
 }
 
-/// A kernel and the weights of the timed maps, in the form that it multiplies.
-type Candidate<'a> = (Kernel, Vec<&'a Weight>);
+/// A kernel and the weights of the timed steps, in the form that it multiplies.
+type Candidate<'a> = (Way, Vec<&'a Weight>);
 
 /// What one row of a plan is found by.
 struct Trial<'a> {
     place: Place,
     first: bool,
     rows: usize,
-    maps: Vec<&'a CodesMap>,
+    steps: Vec<Step<'a>>,
 }
 
 impl Trial<'_> {
     /// The kernels to time, with the maps' weights or with their dense `twins`.
     fn candidates<'b>(&'b self, twins: &'b [Weight], products: Products) -> Vec<Candidate<'b>> {
         let weights: [Vec<&Weight>; 2] =
-            [timed(&self.maps).iter().map(|m| &m.weight).collect(), twins.iter().collect()];
+            [timed(&self.steps).iter().map(|s| &s.map.weight).collect(), twins.iter().collect()];
         let allowed = |w: &&Vec<&Weight>| products == Products::Fastest || !w[0].is_sparse();
-        let kernels = |w: &Vec<&'b Weight>| {
+        let ways = |w: &Vec<&'b Weight>| {
             let w = w.clone();
-            likely(w[0], self.rows).into_iter().map(move |k| (k, w.clone()))
+            likely(&self.steps[0], w[0], self.rows).into_iter().map(move |way| (way, w.clone()))
         };
-        weights.iter().filter(allowed).flat_map(kernels).collect()
+        weights.iter().filter(allowed).flat_map(ways).collect()
     }
 
     /// Times each of `candidates`.
@@ -373,13 +370,13 @@ impl Trial<'_> {
         dense_head: bool,
         buffers: &mut Buffers,
     ) -> Result<Row> {
-        let (x, out) = buffers.ends(self.place, self.first, dense_head);
-        let timed = timed(&self.maps);
+        let (x, out, states) = buffers.ends(self.place, self.first, dense_head);
+        let timed = timed(&self.steps);
         let mut times = Vec::new();
-        for (kernel, weights) in candidates {
+        for (way, weights) in candidates {
             let mut launches = || {
-                for (w, map) in weights.iter().zip(timed) {
-                    sparse_linear(&kernel, x, w, &map.epilogue, out);
+                for (w, step) in weights.iter().zip(timed) {
+                    step.launch(way, w, x, out, states);
                 }
             };
             stream.run(&mut launches)?;
@@ -387,7 +384,7 @@ impl Trial<'_> {
             let mut runs = stream.times(RUNS, || graph.launch())?;
             runs.sort_by(f64::total_cmp);
             times.push(Time {
-                kernel: kernel.to_string(),
+                kernel: way.to_string(),
                 sparse: weights[0].is_sparse(),
                 microseconds: runs[RUNS / 2] * 1e3 / (REPEATS * timed.len()) as f64,
             });
@@ -395,8 +392,9 @@ impl Trial<'_> {
         let best = times.iter().min_by(|a, b| a.microseconds.total_cmp(&b.microseconds));
         let best = best.expect("there is a kernel for every map");
         let (kernel, sparse) = (best.kernel.clone(), best.sparse);
-        let shape = [self.maps[0].weight.rows(), self.maps[0].weight.cols()];
-        let (place, first, tokens, maps) = (self.place, self.first, self.rows, self.maps.len());
-        Ok(Row { place, first, tokens, shape, maps, kernel, sparse, times })
+        let Step { map, normed } = self.steps[0];
+        let (shape, norm) = ([map.weight.rows(), map.weight.cols()], normed.is_some());
+        let (place, first, tokens, maps) = (self.place, self.first, self.rows, self.steps.len());
+        Ok(Row { place, first, tokens, shape, maps, norm, kernel, sparse, times })
     }
 }

@@ -4,14 +4,14 @@ use std::collections::HashMap;
 
 use gpusq_tensor::cuda::Gpu;
 use gpusq_tensor::ops::codes::Codes;
-use gpusq_tensor::ops::norm_codes::{self, Lookup, Summand, add_norm, embed_norm};
+use gpusq_tensor::ops::norm_codes::{self, Lookup, embed_norm};
 use gpusq_tensor::ops::select::first_rows;
-use gpusq_tensor::ops::sparse_linear::{Epilogue, Kernel, Store, Weight, kernels};
+use gpusq_tensor::ops::sparse_linear::{Epilogue, Store, Weight};
 use gpusq_tensor::ops::varlen_attention::{self, Qkv, attention};
 use gpusq_tensor::{Device, Tensor};
 
 use super::buffers::{Bucket, Buffers, FirstRows};
-use super::maps::{Choice, CodesMap, Final, Joined, Map, unsupported};
+use super::maps::{Choice, Final, Joined, Map, Normed, States, Step, Way, unsupported};
 use crate::engine::Products;
 use crate::engine::plan::{Place, Row};
 use crate::engine::weights::Weights;
@@ -42,14 +42,10 @@ pub(super) struct Block {
     /// Step sizes of queries, keys and values, if they are codes.
     pub(super) qkv_steps: Option<[f32; 3]>,
     pub(super) out_step: Option<f32>,
-    pub(super) out: Map,
-    /// Step sizes of what `out` and `ffn_out` give, where these are codes.
-    pub(super) added_steps: [Option<f32>; 2],
-    pub(super) attention_norm: Normal,
+    pub(super) out: Normed,
     pub(super) inner_step: Option<f32>,
     pub(super) ffn_in: Map,
-    pub(super) ffn_out: Map,
-    pub(super) ffn_norm: Normal,
+    pub(super) ffn_out: Normed,
 }
 
 #[expect(clippy::large_enum_variant, reason = "there are few, and each lives as long as the model")]
@@ -112,20 +108,19 @@ impl Network {
         let integer = w.readers("encoder.0.attn")?.step.is_some() && products != Products::DenseF16;
         let block = |i: usize| -> Result<Block> {
             let at = |part: &str| format!("encoder.{i}.{part}");
-            let (attention_norm, ffn_norm) = (normal(&at("attn.norm"))?, normal(&at("ffn.norm"))?);
+            let norms = (normal(&at("attn.norm"))?, normal(&at("ffn.norm"))?);
+            let normed =
+                |(map, pair): (Map, Option<Vec<f32>>), norm| Normed { map, pair: pair.map(|p| p[0]), norm };
             if !integer {
                 return Ok(Block {
                     step: None,
                     qkv: half(&at("attn"), None)?,
                     qkv_steps: None,
                     out_step: None,
-                    out: half(&at("attn.o"), None)?,
-                    added_steps: [None; 2],
-                    attention_norm,
+                    out: normed((half(&at("attn.o"), None)?, None), norms.0),
                     inner_step: None,
                     ffn_in: half(&at("ffn"), Some(stack.activation))?,
-                    ffn_out: half(&at("ffn.out"), None)?,
-                    ffn_norm,
+                    ffn_out: normed((half(&at("ffn.out"), None)?, None), norms.1),
                 });
             }
             let qkv = joined(&at("attn"))?;
@@ -135,24 +130,19 @@ impl Network {
             let (step, out_step, inner_step) = (Some(qkv.step), Some(out.step), Some(ffn_in.step));
             let (qkv, steps) = qkv.stored_by_pairs(gpu);
             let inner = ffn_out.step;
-            let ((out, out_pair), (ffn_out, ffn_pair)) =
-                (out.stored_by_pairs(gpu), ffn_out.stored_by_pairs(gpu));
             Ok(Block {
                 step,
                 qkv,
                 qkv_steps: steps.map(|s| s.try_into().expect("an attention has three projections")),
                 out_step,
-                out,
-                added_steps: [out_pair, ffn_pair].map(|pair| pair.map(|p| p[0])),
-                attention_norm,
+                out: normed(out.stored_by_pairs(gpu), norms.0),
                 inner_step,
                 ffn_in: ffn_in.activated(gpu, stack.activation, inner),
-                ffn_out,
-                ffn_norm,
+                ffn_out: normed(ffn_out.stored_by_pairs(gpu), norms.1),
             })
         };
         let blocks = (0..stack.layers).map(block).collect::<Result<Vec<_>>>()?;
-        let kinds = |b: &Block| (b.qkv_steps.is_some(), b.added_steps.map(|s| s.is_some()));
+        let kinds = |b: &Block| [b.qkv_steps.is_some(), b.out.pair.is_some(), b.ffn_out.pair.is_some()];
         if blocks.iter().any(|b| kinds(b) != kinds(&blocks[0])) {
             return Err(unsupported("quantised outputs in some blocks only"));
         }
@@ -211,56 +201,62 @@ impl Network {
     }
 
     /// The INT8 maps that stand at each place, those for every token or those for first tokens only.
-    pub(super) fn maps(&self, first: bool) -> Vec<(Place, Vec<&CodesMap>)> {
+    pub(super) fn steps(&self, first: bool) -> Vec<(Place, Vec<Step<'_>>)> {
+        fn plain(map: &Map) -> Option<Step<'_>> {
+            map.codes().map(|map| Step { map, normed: None })
+        }
+        fn normed(normed: &Normed) -> Option<Step<'_>> {
+            normed.map.codes().map(|map| Step { map, normed: Some(normed) })
+        }
         let last_alone = matches!(self.head, HeadMaps::First { .. });
         let (early, last) =
             self.blocks.split_at(self.blocks.len() - usize::from(last_alone && !self.blocks.is_empty()));
         let after = if first { last } else { early };
-        let mut maps: Vec<(Place, Vec<&Map>)> = vec![
-            (Place::AttentionOut, after.iter().map(|b| &b.out).collect()),
-            (Place::FfnIn, after.iter().map(|b| &b.ffn_in).collect()),
-            (Place::FfnOut, after.iter().map(|b| &b.ffn_out).collect()),
+        let mut steps: Vec<(Place, Vec<Option<Step>>)> = vec![
+            (Place::AttentionOut, after.iter().map(|b| normed(&b.out)).collect()),
+            (Place::FfnIn, after.iter().map(|b| plain(&b.ffn_in)).collect()),
+            (Place::FfnOut, after.iter().map(|b| normed(&b.ffn_out)).collect()),
         ];
         if !first {
-            maps.insert(0, (Place::Qkv, self.blocks.iter().map(|b| &b.qkv).collect()));
+            steps.insert(0, (Place::Qkv, self.blocks.iter().map(|b| plain(&b.qkv)).collect()));
         }
         match &self.head {
-            HeadMaps::Tokens { out, .. } if !first => maps.push((Place::HeadOut, vec![&out.map])),
+            HeadMaps::Tokens { out, .. } if !first => steps.push((Place::HeadOut, vec![plain(&out.map)])),
             HeadMaps::First { dense, out, .. } if first => {
-                maps.extend(dense.iter().map(|d| (Place::HeadDense, vec![d])));
-                maps.push((Place::HeadOut, vec![&out.map]));
+                steps.extend(dense.iter().map(|d| (Place::HeadDense, vec![plain(d)])));
+                steps.push((Place::HeadOut, vec![plain(&out.map)]));
             }
             _ => {}
         }
-        let codes =
-            maps.into_iter().map(|(place, maps)| (place, maps.into_iter().filter_map(Map::codes).collect()));
-        codes.filter(|(_, maps): &(_, Vec<_>)| !maps.is_empty()).collect()
+        let codes = steps.into_iter().map(|(place, steps)| (place, steps.into_iter().flatten().collect()));
+        codes.filter(|(_, steps): &(_, Vec<_>)| !steps.is_empty()).collect()
     }
 
     /// What decides about times.
     pub(super) fn shape(&self) -> String {
-        let maps = [false, true].map(|first| self.maps(first));
-        let one = |(place, maps): &(Place, Vec<&CodesMap>)| {
-            let Epilogue { bias, output_step, store, .. } = &maps[0].epilogue;
+        let steps = [false, true].map(|first| self.steps(first));
+        let one = |(place, steps): &(Place, Vec<Step>)| {
+            let map = steps[0].map;
+            let Epilogue { bias, output_step, store, .. } = &map.epilogue;
             let function = match store {
                 Store::Codes { activation, .. } => format!("{activation:?}"),
                 Store::Table { .. } => "table".to_string(),
                 _ => String::new(),
             };
-            let (w, kind) = (&maps[0].weight, store.dtype());
+            let (w, kind) = (&map.weight, store.dtype());
             let [bias, pair] = [bias, output_step].map(Option::is_some);
-            format!("{place:?} {}x{}x{} {kind:?} {function} {bias} {pair}", maps.len(), w.rows(), w.cols())
+            format!("{place:?} {}x{}x{} {kind:?} {function} {bias} {pair}", steps.len(), w.rows(), w.cols())
         };
-        maps.iter().flatten().map(one).collect::<Vec<_>>().join("; ")
+        steps.iter().flatten().map(one).collect::<Vec<_>>().join("; ")
     }
 
     /// The likely fastest kernels, for want of a plan.
     pub(super) fn untimed(&self, bucket: Bucket) -> Choices {
         let choose = |first: bool, rows: usize| {
-            let likely = |(place, maps): (Place, Vec<&CodesMap>)| {
-                (place, Choice { kernel: kernels(&maps[0].weight, rows)[0], sparse: true })
+            let likely = |(place, steps): (Place, Vec<Step>)| {
+                (place, Choice { way: steps[0].ways(&steps[0].map.weight, rows, 1)[0], sparse: true })
             };
-            self.maps(first).into_iter().map(likely).collect()
+            self.steps(first).into_iter().map(likely).collect()
         };
         Choices { tokens: choose(false, bucket.tokens), first: choose(true, bucket.sequences) }
     }
@@ -269,20 +265,22 @@ impl Network {
     pub(super) fn planned(&self, gpu: Gpu, plan: &[Row], bucket: Bucket) -> Result<Choices> {
         let mut choices = self.untimed(bucket);
         for (first, kept) in [(false, &mut choices.tokens), (true, &mut choices.first)] {
-            for (place, maps) in self.maps(first) {
+            for (place, steps) in self.steps(first) {
                 let Some(row) = plan.iter().find(|r| r.place == place && r.first == first) else { continue };
                 if !row.sparse {
-                    let new: Vec<_> = maps.iter().filter(|m| m.dense.get().is_none()).collect();
+                    let new: Vec<_> =
+                        steps.iter().map(|s| s.map).filter(|m| m.dense.get().is_none()).collect();
                     // Kept once they are there: a twin without memory would be multiplied by later requests.
                     let twins: Vec<_> = gpu.settled(|| new.iter().map(|m| m.twin(gpu)).collect())?;
                     new.iter().zip(twins).for_each(|(m, twin)| {
                         let _ = m.dense.set(twin);
                     });
                 }
-                let weight = if row.sparse { Some(&maps[0].weight) } else { maps[0].dense.get() };
-                let found = weight.map(|w| kernels(w, row.tokens)).unwrap_or_default();
-                if let Some(kernel) = found.into_iter().find(|k| k.to_string() == row.kernel) {
-                    kept.insert(place, Choice { kernel, sparse: row.sparse });
+                let map = steps[0].map;
+                let weight = if row.sparse { Some(&map.weight) } else { map.dense.get() };
+                let found = weight.map(|w| steps[0].ways(w, row.tokens, usize::MAX)).unwrap_or_default();
+                if let Some(way) = found.into_iter().find(|way| way.to_string() == row.kernel) {
+                    kept.insert(place, Choice { way, sparse: row.sparse });
                 }
             }
         }
@@ -290,12 +288,12 @@ impl Network {
     }
 
     /// What `choices` launch, to be compiled at once.
-    pub(super) fn kernels(&self, choices: &Choices) -> Vec<(Kernel, &Weight, &Epilogue)> {
+    pub(super) fn kernels(&self, choices: &Choices) -> Vec<(Way, &Weight, Step<'_>)> {
         let mut all = Vec::new();
         for (first, chosen) in [(false, &choices.tokens), (true, &choices.first)] {
-            for (place, maps) in self.maps(first) {
+            for (place, steps) in self.steps(first) {
                 if let Some(choice) = chosen.get(&place) {
-                    all.push((choice.kernel, maps[0].multiplied(choice), &maps[0].epilogue));
+                    all.push((choice.way, steps[0].map.multiplied(choice), steps[0]));
                 }
             }
         }
@@ -375,14 +373,6 @@ impl Network {
 }
 
 impl Block {
-    /// What `out` (0) or `ffn_out` (1) gave, as a norm takes it.
-    fn summand<'a>(&self, map: usize, added: &'a [Tensor; 2]) -> Summand<'a> {
-        match self.added_steps[map] {
-            Some(step) => Summand::Codes(&added[map], step),
-            None => Summand::Half(&added[map]),
-        }
-    }
-
     /// From attention's codes `mixed` and the hidden states to the hidden states after the block, in place, and to their
     /// `codes` of step `next`.
     pub(super) fn after_attention(
@@ -395,15 +385,10 @@ impl Block {
         inner: &mut Tensor,
         next: Option<f32>,
     ) {
-        self.out.launch(choices.get(&Place::AttentionOut), mixed, &mut added[0]);
-        let out = |step: Option<f32>| norm_codes::Out {
-            hidden: Some(hidden),
-            codes: step.map(|step| Codes { to: codes, step }),
-        };
-        add_norm(self.summand(0, added), Some(hidden), self.attention_norm.of(), out(self.inner_step));
+        let states = |step: Option<f32>| States { hidden, codes: step.map(|step| Codes { to: codes, step }) };
+        self.out.launch(choices.get(&Place::AttentionOut), mixed, &mut added[0], states(self.inner_step));
         let x = if self.inner_step.is_some() { codes } else { hidden };
         self.ffn_in.launch(choices.get(&Place::FfnIn), x, inner);
-        self.ffn_out.launch(choices.get(&Place::FfnOut), inner, &mut added[1]);
-        add_norm(self.summand(1, added), Some(hidden), self.ffn_norm.of(), out(next));
+        self.ffn_out.launch(choices.get(&Place::FfnOut), inner, &mut added[1], states(next));
     }
 }
