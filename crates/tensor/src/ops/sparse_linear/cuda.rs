@@ -102,6 +102,9 @@ pub(super) const ALIGNMENT: usize = 1 << 10;
 /// Bytes of shared memory that a block's barriers and the driver take.
 pub(super) const RESERVED: usize = 2 << 10;
 
+/// Bytes of an output that passes through shared memory, the most of any way to store.
+const MOST_STORED: usize = 2;
+
 /// What decides which kernels a GPU can run and how many blocks fill it.
 #[derive(Clone, Copy)]
 pub(super) struct Chip {
@@ -126,7 +129,7 @@ impl Kernel {
                 let resident = k.resident * k.split == w.cols && k.resident.is_multiple_of(COLS)
                     || k.resident == w.cols && k.split == 1
                     || k.resident == 0 && k.split <= parts;
-                let stages = k.stages(chip.shared, w.sparse);
+                let stages = k.stages(chip.shared, w.sparse, MOST_STORED);
                 // In turn, the last group begins a tile when the first has been through it.
                 let needed = if k.turns() { parts } else { 2 };
                 chip.hopper && w.cols.is_multiple_of(16) && resident && k.fits(w.sparse) && stages >= needed
@@ -181,17 +184,17 @@ impl Wgmma {
         }
     }
 
-    /// Bytes for finished tiles on their way out (two for each group, the most of any epilogue), and for sums from
+    /// Bytes for finished tiles on their way out, two for each group, with so many bytes an output, and for sums from
     /// other blocks.
-    fn staging(self) -> usize {
+    fn staging(self, stored: usize) -> usize {
         let gathered = if self.split > 1 { self.groups * 64 * self.tokens * 4 } else { 0 };
-        self.groups * 2 * 64 * self.at_once() * DType::F16.size() + gathered
+        self.groups * 2 * 64 * self.at_once() * stored + gathered
     }
 
     /// Stages that fit beside it.
-    fn stages(self, shared: usize, sparse: bool) -> usize {
+    fn stages(self, shared: usize, sparse: bool, stored: usize) -> usize {
         let shared = shared / self.per_sm(sparse);
-        (shared.saturating_sub(RESERVED + ALIGNMENT + self.staging()) / self.stage(sparse)).min(24)
+        (shared.saturating_sub(RESERVED + ALIGNMENT + self.staging(stored)) / self.stage(sparse)).min(24)
     }
 
     fn tiles(self, rows: usize, tokens: usize) -> usize {
@@ -256,6 +259,14 @@ fn aligned(e: &Epilogue) -> bool {
     (e.scale.len() * e.store.dtype().size()).is_multiple_of(16)
 }
 
+/// Bytes of an output that passes through shared memory: sums do not.
+fn stored(e: &Epilogue) -> usize {
+    match e.store {
+        Store::Accumulators => 0,
+        Store::Half | Store::Codes { .. } | Store::Table { .. } => e.store.dtype().size(),
+    }
+}
+
 /// The constants that all sources are compiled with.
 pub(super) fn options(
     sparse: bool,
@@ -296,7 +307,7 @@ fn variant(kernel: Kernel, sparse: bool, shared: usize, e: &Epilogue) -> (Varian
             (MMA.with(DType::F32, &options(sparse, tokens, MMA_STAGES, 1, false, e)), bytes)
         }
         Form::Wgmma(k) => {
-            let stages = k.stages(shared, sparse);
+            let stages = k.stages(shared, sparse, stored(e));
             let mut constants = options(sparse, k.tokens, stages, k.split, k.resident > 0, e);
             constants.extend([
                 ("WGS", k.groups),
@@ -306,7 +317,7 @@ fn variant(kernel: Kernel, sparse: bool, shared: usize, e: &Epilogue) -> (Varian
                 ("DEPTH", k.depth()),
                 ("PER_SM", k.per_sm(sparse)),
             ]);
-            (WGMMA.with(DType::F32, &constants), ALIGNMENT + stages * k.stage(sparse) + k.staging())
+            (WGMMA.with(DType::F32, &constants), ALIGNMENT + stages * k.stage(sparse) + k.staging(stored(e)))
         }
     }
 }
@@ -454,9 +465,14 @@ mod tests {
                     assert_eq!(names.len(), found.len(), "{rows}x{cols} of {tokens}: {found:?}");
                     for kernel in &found {
                         let Form::Wgmma(k) = kernel.0 else { continue };
-                        let bytes =
-                            ALIGNMENT + k.stages(HOPPER.shared, sparse) * k.stage(sparse) + k.staging();
-                        assert!((bytes + RESERVED) * k.per_sm(sparse) <= HOPPER.shared, "{kernel}: {bytes}");
+                        for stored in 0..=MOST_STORED {
+                            let stages = k.stages(HOPPER.shared, sparse, stored);
+                            let bytes = ALIGNMENT + stages * k.stage(sparse) + k.staging(stored);
+                            assert!(
+                                (bytes + RESERVED) * k.per_sm(sparse) <= HOPPER.shared,
+                                "{kernel}: {bytes}"
+                            );
+                        }
                         assert!(k.tokens / k.split >= 16, "{kernel}");
                     }
                     // Where rows can be read by the copy engine, its kernels are the first choice.
