@@ -179,8 +179,8 @@ and with sparse attention. Nothing is padded. On a CPU it is the last two.
 With --task, batches of its texts are timed in 2:4 INT8, drawn at random (the same each time), beside batches of as many
 texts of the full length, which is what padding would cost.
 
-Last comes what a program takes from its start to its first answer: cold, where nothing but the kernels is in the cache
-and the plan is measured first, and warm, where the plan is there too. The folder was read before.";
+Last comes what a program takes from its start to its first answer; on a GPU cold, where nothing but the kernels is in the
+cache and the plan is measured first, and warm, where the plan is there too. The folder was read before.";
 
 /// The sizes of `gpusq bench --spec`, for its help.
 fn sizes() -> String {

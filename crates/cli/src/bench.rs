@@ -74,10 +74,16 @@ pub(crate) fn run(m: &ArgMatches) -> Result<()> {
             let tokenizer = Tokenizer::load(&tokenizer)?;
             let split: Split = m.get_one::<String>("split").expect("has a default").parse()?;
             let folder = m.get_one::<PathBuf>("data").expect("required with a task");
-            watch(&format!("gemm: texts of {} {split}, as they are and padded", task.name));
-            for &length in &grid.lengths {
+            let read = |&length: &usize| {
                 let data = args::load_data(task, folder, split, &tokenizer, Some(length), &model)?;
                 check_fit(&model, &tokenizer, &[&data])?;
+                grid.check_texts(&data.examples)?;
+                Ok((length, data))
+            };
+            // Before anything is timed.
+            let all = grid.lengths.iter().map(read).collect::<Result<Vec<_>>>()?;
+            watch(&format!("gemm: texts of {} {split}, as they are and padded", task.name));
+            for (length, data) in all {
                 let pad = tokenizer.pad_id();
                 timed.extend(bench_texts(&model, device, &data.examples, pad, length, &grid, watch)?);
             }
@@ -198,11 +204,10 @@ impl Drop for Scratch {
     }
 }
 
-/// Refuses, before anything is timed, a folder that cannot take the results or has another command's report.
+/// Refuses, before anything is timed, a folder that cannot take the results or has others already.
 fn check_out(dir: &Path) -> Result<()> {
-    if dir.join(PAGE_FILE).exists() && !dir.join(BENCH_FILE).exists() {
-        let message = format!("has a {PAGE_FILE} that is not of a bench; choose another --out");
-        return Err(Error::file(dir, message));
+    if let Some(file) = [BENCH_FILE, PAGE_FILE].iter().find(|f| dir.join(f).exists()) {
+        return Err(Error::file(dir, format!("has a {file} already; choose another --out")));
     }
     check_writable(dir)
 }

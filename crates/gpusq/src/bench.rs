@@ -175,6 +175,22 @@ pub struct Grid {
     pub repeats: usize,
 }
 
+impl Grid {
+    /// Whether there are texts for each batch.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] for a batch that is larger.
+    pub fn check_texts(&self, examples: &[Example]) -> Result<()> {
+        match self.batches.iter().find(|&&batch| batch > examples.len()) {
+            None => Ok(()),
+            Some(batch) => Err(Error::Mismatch(format!(
+                "a batch of {batch} from {} texts; give more, or a smaller one",
+                examples.len()
+            ))),
+        }
+    }
+}
+
 /// Times `model`, packed INT8, with what it is compared to, for every cell of `grid`. `watch` is told the name of what
 /// is timed next, and of each cell.
 ///
@@ -238,12 +254,8 @@ pub fn bench_texts(
     let mut order: Vec<usize> = (0..examples.len()).collect();
     order.sort_by_key(|i| fnv(&i.to_le_bytes()));
     let mut rows = Vec::new();
+    grid.check_texts(examples)?;
     for &batch in &grid.batches {
-        if batch > examples.len() {
-            let message =
-                format!("a batch of {batch} from {} texts; give more, or a smaller one", examples.len());
-            return Err(Error::Mismatch(message));
-        }
         let padded = median(&random_inputs(model, batch, length))?;
         let one = |which: &[usize]| -> Result<TextBatch> {
             let tokens = which.iter().map(|&i| examples[i].ids.len()).sum();

@@ -10,7 +10,7 @@ use crate::evaluate::{Failure, not_finite, outputs};
 use crate::model::Model;
 use crate::spec::Head;
 use crate::task::squad::Reading;
-use crate::task::{Example, HeadKind, Target, Tokenizer};
+use crate::task::{Example, HeadKind, Target, Task, Tokenizer, task};
 use crate::{Error, Result};
 
 /// A packed model with its tokenizer. It may serve any number of threads at once.
@@ -18,6 +18,8 @@ pub struct Predictor {
     engine: Engine,
     tokenizer: Tokenizer,
     head: Option<HeadKind>,
+    /// What it was trained on, if that is known here.
+    task: Option<&'static Task>,
     labels: Vec<String>,
     max_length: usize,
     /// Rows of the model's table of tokens.
@@ -33,8 +35,8 @@ pub struct Prepared {
 }
 
 impl Prepared {
-    /// Tokens at the end that the model does not read, because the text is longer than it takes. The contexts of questions
-    /// are read whole, in windows.
+    /// Tokens at the end that the model does not read, because the text, or the question, is longer than it takes. The contexts
+    /// of questions are read whole, in windows.
     pub fn dropped(&self) -> usize {
         self.dropped
     }
@@ -100,6 +102,7 @@ impl Predictor {
             engine: Engine::load(model, device)?,
             tokenizer,
             head,
+            task: model.task.as_deref().and_then(|name| task(name).ok()),
             labels,
             vocabulary,
             max_length: max_length.or(model.max_length).unwrap_or(limit).min(limit),
@@ -137,7 +140,8 @@ impl Predictor {
     /// Tokenises a text, or a pair of texts; for a model that answers questions, a question and its context.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] for a question without a context, and for text that the tokenizer cannot express.
+    /// [`Error::Mismatch`] for a question without a context, for one text where the model was trained on pairs and the other
+    /// way round, and for text that the tokenizer cannot express.
     pub fn prepare(&self, text: &str, pair: Option<&str>) -> Result<Prepared> {
         if self.head == Some(HeadKind::Span) {
             let context = pair.ok_or_else(|| {
@@ -147,7 +151,18 @@ impl Predictor {
             })?;
             let mut reading = Reading::new(&self.tokenizer, text, context, self.max_length)?;
             let examples = std::mem::take(&mut reading.examples);
-            return Ok(Prepared { examples, reading: Some(reading), dropped: 0 });
+            let dropped = reading.dropped;
+            return Ok(Prepared { examples, reading: Some(reading), dropped });
+        }
+        if let Some(task) = self.task
+            && (task.texts == 2) != pair.is_some()
+        {
+            let [wanted, found] =
+                if task.texts == 2 { ["pairs of texts", "one"] } else { ["one text", "two"] };
+            let (name, write) = (task.name, if task.texts == 2 { "both" } else { "one" });
+            return Err(Error::Mismatch(format!(
+                "the model was trained on {wanted} ({name}), and this is {found}; give {write}"
+            )));
         }
         let encoded = self.tokenizer.encode(text, pair, self.max_length)?;
         let example = Example { ids: encoded.ids, types: encoded.types, target: Target::None };

@@ -16,7 +16,7 @@ use crate::config::CONFIG_FILE;
 use crate::format::atomic::write_file;
 pub use crate::format::packed::PACKED_FILE;
 use crate::format::packed::{pack_f16, pack_int8, read_packed, round_dense, write_packed};
-use crate::format::safetensors::{Checkpoint, check_finite, write_checksummed};
+use crate::format::safetensors::{Checkpoint, check_finite, checksum, write_checksummed};
 use crate::params::{Params, Weight};
 use crate::sparsity::Pattern;
 use crate::spec::{Head, Linear, TransformerSpec, is_step_size};
@@ -91,6 +91,10 @@ struct Manifest {
     /// Manifests of early versions do not have it.
     #[serde(default)]
     max_length: Option<usize>,
+    /// Checksums of the files that decide what a packed model answers, besides its weights. Manifests of early versions
+    /// do not have them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    files: BTreeMap<String, String>,
     program: String,
 }
 
@@ -161,9 +165,13 @@ impl Model {
             };
             return Err(Error::file(dir, message));
         }
+        let manifest = Manifest::read(dir)?;
+        if let Some(m) = &manifest {
+            m.check_files(dir)?;
+        }
         let config = Config::read(dir)?;
         let spec = (arch::find(&config)?.spec)(&config)?;
-        let (stage, attention, task, max_length) = match Manifest::read(dir)? {
+        let (stage, attention, task, max_length) = match manifest {
             Some(m) => {
                 let pattern = m.attention.as_deref().map(str::parse).transpose();
                 let pattern = pattern
@@ -378,6 +386,12 @@ impl Model {
                 return Err(Error::tensor(path, name, message));
             }
         }
+        let places: BTreeSet<String> = self.spec.weights().into_iter().map(|(name, _)| name).collect();
+        if let Some((name, _)) = self.params.iter().find(|(n, _)| !places.contains(*n) && !is_step_size(n)) {
+            let message =
+                "has no place in the model that config.json describes; is config.json this model's?";
+            return Err(Error::tensor(path, name, message));
+        }
         self.check_scales(path)
     }
 
@@ -421,12 +435,23 @@ impl Model {
         }
         let config = arch::with_head(&self.config, &self.spec)?;
         write_json(&dir.join("config.json"), &config)?;
+        // Other stages' folders are ordinary checkpoints, which people edit.
+        let mut files = BTreeMap::new();
+        if self.stage.packed() {
+            for name in ["config.json"].iter().chain(TOKENIZER_FILES) {
+                let path = dir.join(name);
+                if path.is_file() {
+                    files.insert(name.to_string(), file_checksum(&path)?);
+                }
+            }
+        }
         let manifest = Manifest {
             format_version: MANIFEST_VERSION,
             stage: self.stage,
             attention: self.attention.map(|p| p.to_string()),
             task: self.task.clone(),
             max_length: self.max_length,
+            files,
             program: concat!("gpusq ", env!("CARGO_PKG_VERSION")).into(),
         };
         write_json(&dir.join(MANIFEST_FILE), &manifest)
@@ -548,7 +573,27 @@ impl Model {
     }
 }
 
+fn file_checksum(path: &Path) -> Result<String> {
+    Ok(checksum(&std::fs::read(path).map_err(Error::io(path))?))
+}
+
 impl Manifest {
+    /// Whether the files beside the weights are still those that were saved with them.
+    fn check_files(&self, dir: &Path) -> Result<()> {
+        for (name, saved) in &self.files {
+            let path = dir.join(name);
+            let found = file_checksum(&path)?;
+            if found != *saved {
+                let message = format!(
+                    "is not the file that the model was saved with (its checksum is {found}, and {MANIFEST_FILE} has \
+                     {saved}); copy it again from its source, or if the change is meant, take it out of `files` there"
+                );
+                return Err(Error::file(path, message));
+            }
+        }
+        Ok(())
+    }
+
     fn read(dir: &Path) -> Result<Option<Manifest>> {
         let path = dir.join(MANIFEST_FILE);
         if !path.exists() {

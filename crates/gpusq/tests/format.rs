@@ -445,11 +445,12 @@ fn written(params: &Params, path: &Path) -> Vec<u8> {
     std::fs::read(path).unwrap()
 }
 
-#[test]
-fn rule_25_what_is_stored_must_be_of_the_stage() {
+/// A small model dense, pruned and quantised.
+fn stages(layers: usize) -> [Model; 3] {
     let text = r#"{"model_type":"bert","architectures":["BertModel"],"vocab_size":24,"hidden_size":8,
-        "num_hidden_layers":1,"num_attention_heads":2,"intermediate_size":16,"max_position_embeddings":8}"#;
-    let config = gpusq::arch::Config::parse(Path::new("config.json"), text).unwrap();
+        "num_hidden_layers":LAYERS,"num_attention_heads":2,"intermediate_size":16,"max_position_embeddings":8}"#;
+    let text = text.replace("LAYERS", &layers.to_string());
+    let config = gpusq::arch::Config::parse(Path::new("config.json"), &text).unwrap();
     let mut dense = Model::random(config, 3).unwrap();
     dense.set_head(HeadKind::Classes(2), 3).unwrap();
     let mut pruned = dense.clone();
@@ -459,7 +460,12 @@ fn rule_25_what_is_stored_must_be_of_the_stage() {
     let batch = collate(&[example], &[0], HeadKind::Classes(2), 0);
     calibrate(&mut quantized, &[batch.inputs], &calibration(&Config::default().quantize), Compute::CPU)
         .unwrap();
+    [dense, pruned, quantized]
+}
 
+#[test]
+fn rule_25_what_is_stored_must_be_of_the_stage() {
+    let [dense, pruned, quantized] = stages(1);
     let (half, int8) = (pruned.packed().unwrap(), quantized.packed().unwrap());
     let weight = "encoder.0.attn.q.weight";
     for (model, is, says, tensor) in [
@@ -604,4 +610,61 @@ fn the_specification_numbers_what_is_tested() {
     let source = include_str!("format.rs");
     let tests = (1..).take_while(|n| source.contains(&format!("fn rule_{n}_"))).count();
     assert_eq!(rules, tests, "FORMAT.md has {rules} rules and there are tests for {tests}");
+}
+
+#[test]
+fn rule_26_files_beside_a_packed_model_must_be_those_it_was_saved_with() {
+    let [dense, pruned, quantized] = stages(1);
+    let (from, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    std::fs::write(from.path().join("vocab.txt"), "[PAD]\n[UNK]\nword\n").unwrap();
+    let packed = quantized.packed().unwrap();
+    packed.save(dir.path(), Some(from.path())).unwrap();
+    Model::load(dir.path()).unwrap();
+    let [vocab, config, manifest] = ["vocab.txt", "config.json", "gpusq.json"].map(|f| dir.path().join(f));
+    for path in [&vocab, &config] {
+        let whole = std::fs::read(path).unwrap();
+        std::fs::write(path, &whole[..whole.len() - 2]).unwrap();
+        let error = Model::load(dir.path()).unwrap_err().to_string();
+        assert!(error.contains(path.to_str().unwrap()), "{error}");
+        assert!(error.contains("is not the file that the model was saved with"), "{error}");
+        std::fs::remove_file(path).unwrap();
+        let error = Model::load(dir.path()).unwrap_err().to_string();
+        assert!(error.contains(path.to_str().unwrap()) || error.contains("has no config.json"), "{error}");
+        std::fs::write(path, whole).unwrap();
+    }
+    Model::load(dir.path()).unwrap();
+    // A change that is meant.
+    std::fs::write(&vocab, "[PAD]\n[UNK]\nlexeme\n").unwrap();
+    let mut json: serde_json::Value = serde_json::from_slice(&std::fs::read(&manifest).unwrap()).unwrap();
+    assert!(json["files"].as_object_mut().unwrap().remove("vocab.txt").is_some());
+    std::fs::write(&manifest, json.to_string()).unwrap();
+    Model::load(dir.path()).unwrap();
+    // Folders of early versions have none, and people edit those of other stages.
+    json.as_object_mut().unwrap().remove("files").unwrap();
+    std::fs::write(&manifest, json.to_string()).unwrap();
+    Model::load(dir.path()).unwrap();
+    for other in [&dense, &pruned, &quantized] {
+        let dir = tempfile::tempdir().unwrap();
+        other.save(dir.path(), Some(from.path())).unwrap();
+        assert!(!std::fs::read_to_string(dir.path().join("gpusq.json")).unwrap().contains("files"));
+    }
+}
+
+#[test]
+fn rule_27_every_packed_weight_must_have_a_place() {
+    let [_, _, quantized] = stages(2);
+    let dir = tempfile::tempdir().unwrap();
+    quantized.packed().unwrap().save(dir.path(), None).unwrap();
+    let [config, manifest] = ["config.json", "gpusq.json"].map(|f| dir.path().join(f));
+    let mut json: serde_json::Value = serde_json::from_slice(&std::fs::read(&manifest).unwrap()).unwrap();
+    json.as_object_mut().unwrap().remove("files").unwrap();
+    std::fs::write(&manifest, json.to_string()).unwrap();
+    let mut json: serde_json::Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
+    for (layers, reason) in [(1, "has no place in the model"), (3, "is missing")] {
+        json["num_hidden_layers"] = layers.into();
+        std::fs::write(&config, json.to_string()).unwrap();
+        let error = Model::load(dir.path()).unwrap_err().to_string();
+        let first = layers.min(2);
+        assert!(error.contains(&format!("`encoder.{first}.")) && error.contains(reason), "{error}");
+    }
 }

@@ -340,7 +340,9 @@ fn bench_times_what_it_is_told_to() {
             );
         }
     }
-    texts("3000").fails(1, &["a batch of 3000 from", "give more, or a smaller one"]);
+    let late = texts("1,3000");
+    late.fails(1, &["a batch of 3000 from", "give more, or a smaller one"]);
+    assert_eq!(late.events().len(), 1, "{}", late.stdout);
     wrong("--task", "sst2", 2, "required arguments");
     let unknown = ["bench", "--json", "--spec", "bert-huge"].map(String::from);
     run(&unknown).fails(2, &["bert-huge", "bert-base"]);
@@ -357,7 +359,11 @@ fn bench_times_what_it_is_told_to() {
     refused(&packed, &file, &[file.to_str().unwrap(), "is not a folder; choose another --out"]);
     refused(&packed, &file.join("below"), &["is not a folder; choose another --out"]);
     let before = tree(&compressed());
-    refused(&packed, &compressed(), &["report.html that is not of a bench", "--out"]);
+    refused(&packed, &compressed(), &["has a report.html already", "--out"]);
+    let first = dir.path().join("first");
+    fs::create_dir(&first).unwrap();
+    fs::write(first.join("bench.json"), "{}").unwrap();
+    refused(&packed, &first, &["has a bench.json already", "--out"]);
     refused(&compressed().join("pruned"), &dir.path().join("new"), &["pruned is 2:4", "gpusq bench"]);
     assert!(before == tree(&compressed()) && !dir.path().join("new").exists());
 }

@@ -19,6 +19,7 @@ pub const SST2: Task = Task {
     labels: &["negative", "positive"],
     metrics: &["accuracy"],
     max_len: 128,
+    texts: 1,
     reader: &Layout {
         folder: "SST-2",
         train: &[("train.tsv", "")],
@@ -38,6 +39,7 @@ pub const COLA: Task = Task {
     labels: &["unacceptable", "acceptable"],
     metrics: &["matthews", "accuracy"],
     max_len: 128,
+    texts: 1,
     reader: &Layout {
         folder: "CoLA",
         train: &[("train.tsv", "")],
@@ -57,6 +59,7 @@ pub const MRPC: Task = Task {
     labels: &["not_equivalent", "equivalent"],
     metrics: &["accuracy", "f1"],
     max_len: 128,
+    texts: 2,
     reader: &Layout {
         folder: "MRPC",
         train: &[("train.tsv", "")],
@@ -76,6 +79,7 @@ pub const STSB: Task = Task {
     labels: &[],
     metrics: &["pearson", "spearman"],
     max_len: 128,
+    texts: 2,
     reader: &Layout {
         folder: "STS-B",
         train: &[("train.tsv", "")],
@@ -95,6 +99,7 @@ pub const RTE: Task = Task {
     labels: &["entailment", "not_entailment"],
     metrics: &["accuracy"],
     max_len: 128,
+    texts: 2,
     reader: &Layout {
         folder: "RTE",
         train: &[("train.tsv", "")],
@@ -114,6 +119,7 @@ pub const QQP: Task = Task {
     labels: &["not_duplicate", "duplicate"],
     metrics: &["accuracy", "f1"],
     max_len: 128,
+    texts: 2,
     reader: &Layout {
         folder: "QQP",
         train: &[("train.tsv", "")],
@@ -134,6 +140,7 @@ pub const QNLI: Task = Task {
     labels: &["entailment", "not_entailment"],
     metrics: &["accuracy"],
     max_len: 128,
+    texts: 2,
     reader: &Layout {
         folder: "QNLI",
         train: &[("train.tsv", "")],
@@ -154,6 +161,7 @@ pub const MNLI: Task = Task {
     labels: &["entailment", "neutral", "contradiction"],
     metrics: &["accuracy"],
     max_len: 128,
+    texts: 2,
     reader: &Layout {
         folder: "MNLI",
         train: &[("train.tsv", "")],

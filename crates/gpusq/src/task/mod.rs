@@ -48,6 +48,8 @@ pub struct Task {
     pub metrics: &'static [&'static str],
     /// Longest input, in tokens with special tokens, that published results for this task use.
     pub max_len: usize,
+    /// Texts of an input: 1, or 2 for a pair.
+    pub texts: usize,
     /// Reads the data.
     pub(crate) reader: &'static dyn Reader,
 }

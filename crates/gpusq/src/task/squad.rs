@@ -23,6 +23,7 @@ pub const SQUAD: Task = Task {
     labels: &[],
     metrics: &["f1", "exact_match"],
     max_len: 384,
+    texts: 2,
     reader: &Squad,
 };
 
@@ -158,6 +159,8 @@ pub struct Reading {
     windows: Vec<Window>,
     /// One for each window.
     pub examples: Vec<Example>,
+    /// Tokens of the question that had no room.
+    pub dropped: usize,
 }
 
 /// The best answer to a [`Reading`].
@@ -176,10 +179,10 @@ impl Reading {
     /// A `max_len` without room for text, and text that the tokenizer cannot express.
     pub fn new(tokenizer: &Tokenizer, question: &str, context: &str, max_len: usize) -> Result<Reading> {
         let (context, ids) = tokenised(tokenizer, context.to_string())?;
-        let (windows, encoded): (Vec<_>, Vec<_>) =
-            in_windows(tokenizer, question, &ids, max_len)?.into_iter().unzip();
+        let (windows, dropped) = in_windows(tokenizer, question, &ids, max_len)?;
+        let (windows, encoded): (Vec<_>, Vec<_>) = windows.into_iter().unzip();
         let example = |e: Encoded| Example { ids: e.ids, types: e.types, target: Target::None };
-        Ok(Reading { context, windows, examples: encoded.into_iter().map(example).collect() })
+        Ok(Reading { context, windows, examples: encoded.into_iter().map(example).collect(), dropped })
     }
 
     /// The answer that the logits of [`Reading::examples`] give, as [`Dataset::score`] takes them; `None` where the
@@ -206,23 +209,24 @@ fn tokenised(tokenizer: &Tokenizer, text: String) -> Result<(Context, Vec<u32>)>
     Ok((Context { text, spans }, ids))
 }
 
-/// A question with each window of a context's tokens `ids`.
+/// A question with each window of a context's tokens `ids`, and how many of the question's tokens had no room.
 fn in_windows(
     tokenizer: &Tokenizer,
     question: &str,
     ids: &[u32],
     max_len: usize,
-) -> Result<Vec<(Window, Encoded)>> {
+) -> Result<(Vec<(Window, Encoded)>, usize)> {
     // `run_qa.py` drops the white space that some questions begin with.
     let question = tokenizer.pieces(question.trim_start())?.ids;
     let room = tokenizer.room(true, max_len)?;
     // No published question is that long; without a limit one could leave its context no room.
-    let question = &question[..question.len().min(room / 2)];
+    let dropped = question.len().saturating_sub(room / 2);
+    let question = &question[..question.len() - dropped];
     let window = |tokens: Range<usize>| {
         let encoded = tokenizer.join(question, Some(&ids[tokens.clone()]));
         (Window { at: encoded.second.start, tokens }, encoded)
     };
-    Ok(windows(ids.len(), room - question.len()).into_iter().map(window).collect())
+    Ok((windows(ids.len(), room - question.len()).into_iter().map(window).collect(), dropped))
 }
 
 type Prepared = (Vec<String>, Vec<Window>, Vec<Example>);
@@ -254,7 +258,7 @@ fn prepare(
         let answer = covering(spans, answer);
         let mut examples = Vec::new();
         let mut in_context = Vec::new();
-        for (window, encoded) in in_windows(tokenizer, &asked.question, &ids, max_len)? {
+        for (window, encoded) in in_windows(tokenizer, &asked.question, &ids, max_len)?.0 {
             let Window { at, ref tokens } = window;
             let target = match &answer {
                 Some(a) if tokens.start <= a.start && a.end <= tokens.end => Target::Span {
