@@ -16,7 +16,7 @@ use gpusq::task::{HeadKind, Split, Tokenizer, task};
 use gpusq::tensor::Tensor;
 use serde_json::{Value, json};
 
-use crate::tiny::{Done, compressed, data, model, program, run, tree};
+use crate::tiny::{Done, compressed, copy, data, model, program, run, tree};
 
 fn args(model: &Path, more: &[&str]) -> Vec<String> {
     let words = ["run", "--device", "cpu", "--json", "--model", model.to_str().unwrap()];
@@ -366,6 +366,38 @@ fn bench_times_what_it_is_told_to() {
     refused(&packed, &first, &["has a bench.json already", "--out"]);
     refused(&compressed().join("pruned"), &dir.path().join("new"), &["pruned is 2:4", "gpusq bench"]);
     assert!(before == tree(&compressed()) && !dir.path().join("new").exists());
+}
+
+#[test]
+fn pairs_and_single_texts_are_told_apart_by_the_task() {
+    let packed = compressed().join("packed");
+    let two = json!({ "text": "a good film", "text_pair": "a bad film" }).to_string();
+    given(&args(&packed, &[]), two.as_bytes()).fails(1, &["input:1", "trained on one text (sst2)", "is two"]);
+    let dir = tempfile::tempdir().unwrap();
+    let pairs = dir.path().join("pairs");
+    copy(&packed, &pairs);
+    let manifest = pairs.join("gpusq.json");
+    let text = fs::read_to_string(&manifest).unwrap();
+    fs::write(&manifest, text.replace("\"sst2\"", "\"mrpc\"")).unwrap();
+    let one = b"{\"text\": \"a film\"}";
+    given(&args(&pairs, &[]), one).fails(1, &["input:1", "trained on pairs of texts (mrpc)", "give both"]);
+    given(&args(&pairs, &[]), two.as_bytes()).ok();
+}
+
+#[test]
+fn a_question_that_is_cut_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let packed = untrained(dir.path(), Some(HeadKind::Span));
+    let dropped = |words: usize| {
+        let question = vec!["film"; words].join(" ");
+        let line = json!({ "question": question, "context": "a good film" }).to_string();
+        let done = given(&args(&packed, &[]), line.as_bytes());
+        done.ok();
+        done.events()[0]["tokens_dropped"].as_u64()
+    };
+    assert_eq!(dropped(3), None);
+    let [some, more] = [40, 47].map(|n| dropped(n).unwrap());
+    assert!(some > 0 && more == some + 7, "{some} {more}");
 }
 
 #[test]
