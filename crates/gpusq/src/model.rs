@@ -438,7 +438,7 @@ impl Model {
         // Other stages' folders are ordinary checkpoints, which people edit.
         let mut files = BTreeMap::new();
         if self.stage.packed() {
-            for name in ["config.json"].iter().chain(TOKENIZER_FILES) {
+            for name in companions() {
                 let path = dir.join(name);
                 if path.is_file() {
                     files.insert(name.to_string(), file_checksum(&path)?);
@@ -573,6 +573,11 @@ impl Model {
     }
 }
 
+/// What decides a packed model's answers besides its weights.
+fn companions() -> impl Iterator<Item = &'static str> {
+    ["config.json"].into_iter().chain(TOKENIZER_FILES.iter().copied())
+}
+
 fn file_checksum(path: &Path) -> Result<String> {
     Ok(checksum(&std::fs::read(path).map_err(Error::io(path))?))
 }
@@ -581,6 +586,10 @@ impl Manifest {
     /// Whether the files beside the weights are still those that were saved with them.
     fn check_files(&self, dir: &Path) -> Result<()> {
         for (name, saved) in &self.files {
+            if !companions().any(|known| known == name) {
+                let message = format!("`files` names {name}, which is no file of a model; take it out");
+                return Err(Error::file(dir.join(MANIFEST_FILE), message));
+            }
             let path = dir.join(name);
             let found = file_checksum(&path)?;
             if found != *saved {

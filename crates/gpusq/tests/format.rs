@@ -633,6 +633,11 @@ fn rule_26_files_beside_a_packed_model_must_be_those_it_was_saved_with() {
         std::fs::write(path, whole).unwrap();
     }
     Model::load(dir.path()).unwrap();
+    let text = std::fs::read_to_string(&manifest).unwrap();
+    std::fs::write(&manifest, text.replace("vocab.txt", "../vocab.txt")).unwrap();
+    let error = Model::load(dir.path()).unwrap_err().to_string();
+    assert!(error.contains("`files` names ../vocab.txt, which is no file of a model"), "{error}");
+    std::fs::write(&manifest, text).unwrap();
     // A change that is meant.
     std::fs::write(&vocab, "[PAD]\n[UNK]\nlexeme\n").unwrap();
     let mut json: serde_json::Value = serde_json::from_slice(&std::fs::read(&manifest).unwrap()).unwrap();
