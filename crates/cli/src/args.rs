@@ -191,12 +191,13 @@ fn sizes() -> String {
 /// What `gpusq run` reads and writes, for its help.
 const RUN_READS: &str = "\
 A line is plain text, or a JSON object: {\"text\": ...}, {\"text\": ..., \"text_pair\": ...}, or for a model that
-answers questions {\"question\": ..., \"context\": ...}; an \"id\" comes back with the answer. Each line that is not
-empty gives one JSON line, in their order: \"label\" with \"probabilities\", \"value\" of a regression, \"answer\" with
+answers questions {\"question\": ..., \"context\": ...}; an \"id\" comes back with the answer. A model that was trained on
+pairs of texts takes pairs alone, and one that was trained on single texts takes these. Each line that is not empty
+gives one JSON line, in their order: \"label\" with \"probabilities\", \"value\" of a regression, \"answer\" with
 \"start\" and \"end\" in characters of the context, or, of a model without a head, the \"embedding\": the mean of the
-hidden states, of length 1; \"tokens_dropped\" says that a text is longer than the model takes, and by how much. Lines are
-read ahead and batched by length; those that have come are answered at once. A line that cannot be read ends the run, after
-the answers to those before it.";
+hidden states, of length 1; \"tokens_dropped\" says that a text or question is longer than the model takes, and by how
+much. Lines are read ahead and batched by length; those that have come are answered at once. A line that cannot be read
+ends the run, after the answers to those before it.";
 
 /// How else processes are started, for the help of `gpusq launch`.
 const LAUNCH: &str = "\

@@ -244,6 +244,7 @@ pub fn bench_texts(
     grid: &Grid,
     watch: &mut dyn FnMut(&str),
 ) -> Result<Vec<BenchTexts>> {
+    grid.check_texts(examples)?;
     let engine = Engine::load(model, device)?;
     let median = |inputs: &Inputs| -> Result<f64> {
         engine.times(inputs, grid.repeats.div_ceil(4))?;
@@ -254,7 +255,6 @@ pub fn bench_texts(
     let mut order: Vec<usize> = (0..examples.len()).collect();
     order.sort_by_key(|i| fnv(&i.to_le_bytes()));
     let mut rows = Vec::new();
-    grid.check_texts(examples)?;
     for &batch in &grid.batches {
         let padded = median(&random_inputs(model, batch, length))?;
         let one = |which: &[usize]| -> Result<TextBatch> {

@@ -155,11 +155,11 @@ impl Predictor {
             return Ok(Prepared { examples, reading: Some(reading), dropped });
         }
         if let Some(task) = self.task
-            && (task.texts == 2) != pair.is_some()
+            && (task.texts() == 2) != pair.is_some()
         {
             let [wanted, found] =
-                if task.texts == 2 { ["pairs of texts", "one"] } else { ["one text", "two"] };
-            let (name, write) = (task.name, if task.texts == 2 { "both" } else { "one" });
+                if task.texts() == 2 { ["pairs of texts", "one"] } else { ["one text", "two"] };
+            let (name, write) = (task.name, if task.texts() == 2 { "both" } else { "one" });
             return Err(Error::Mismatch(format!(
                 "the model was trained on {wanted} ({name}), and this is {found}; give {write}"
             )));

@@ -66,6 +66,30 @@ fn an_interrupted_run_says_how_to_go_on() {
     assert_same(&out, &dense());
 }
 
+/// What runs behind a script is not stopped by Ctrl-C before it.
+#[test]
+fn a_run_that_was_started_to_ignore_interrupts_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("behind");
+    let args = train("finetune", &model(), &out);
+    let own = program(&args);
+    let mut shell = Command::new("sh");
+    shell.args(["-c", "trap '' INT; exec \"$0\" \"$@\""]).arg(own.get_program()).args(own.get_args());
+    for (name, value) in own.get_envs() {
+        match value {
+            Some(value) => shell.env(name, value),
+            None => shell.env_remove(name),
+        };
+    }
+    let mut child = shell.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    assert!(lines.any(|line| line.unwrap().contains("\"step\"")), "the run takes steps");
+    Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    lines.for_each(drop);
+    assert!(child.wait().unwrap().success());
+    assert_same(&out, &dense());
+}
+
 #[test]
 fn the_times_of_a_resumed_run_are_those_of_all_its_processes() {
     let dir = tempfile::tempdir().unwrap();

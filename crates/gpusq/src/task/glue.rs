@@ -19,7 +19,6 @@ pub const SST2: Task = Task {
     labels: &["negative", "positive"],
     metrics: &["accuracy"],
     max_len: 128,
-    texts: 1,
     reader: &Layout {
         folder: "SST-2",
         train: &[("train.tsv", "")],
@@ -39,7 +38,6 @@ pub const COLA: Task = Task {
     labels: &["unacceptable", "acceptable"],
     metrics: &["matthews", "accuracy"],
     max_len: 128,
-    texts: 1,
     reader: &Layout {
         folder: "CoLA",
         train: &[("train.tsv", "")],
@@ -59,7 +57,6 @@ pub const MRPC: Task = Task {
     labels: &["not_equivalent", "equivalent"],
     metrics: &["accuracy", "f1"],
     max_len: 128,
-    texts: 2,
     reader: &Layout {
         folder: "MRPC",
         train: &[("train.tsv", "")],
@@ -79,7 +76,6 @@ pub const STSB: Task = Task {
     labels: &[],
     metrics: &["pearson", "spearman"],
     max_len: 128,
-    texts: 2,
     reader: &Layout {
         folder: "STS-B",
         train: &[("train.tsv", "")],
@@ -99,7 +95,6 @@ pub const RTE: Task = Task {
     labels: &["entailment", "not_entailment"],
     metrics: &["accuracy"],
     max_len: 128,
-    texts: 2,
     reader: &Layout {
         folder: "RTE",
         train: &[("train.tsv", "")],
@@ -119,7 +114,6 @@ pub const QQP: Task = Task {
     labels: &["not_duplicate", "duplicate"],
     metrics: &["accuracy", "f1"],
     max_len: 128,
-    texts: 2,
     reader: &Layout {
         folder: "QQP",
         train: &[("train.tsv", "")],
@@ -140,7 +134,6 @@ pub const QNLI: Task = Task {
     labels: &["entailment", "not_entailment"],
     metrics: &["accuracy"],
     max_len: 128,
-    texts: 2,
     reader: &Layout {
         folder: "QNLI",
         train: &[("train.tsv", "")],
@@ -161,7 +154,6 @@ pub const MNLI: Task = Task {
     labels: &["entailment", "neutral", "contradiction"],
     metrics: &["accuracy"],
     max_len: 128,
-    texts: 2,
     reader: &Layout {
         folder: "MNLI",
         train: &[("train.tsv", "")],
@@ -213,6 +205,13 @@ struct Row {
 }
 
 impl Reader for Layout {
+    fn texts(&self) -> usize {
+        match self.columns {
+            Columns::Named { text, .. } => text.len(),
+            Columns::Placed { text, .. } => text.len(),
+        }
+    }
+
     fn load(
         &self,
         task: &'static Task,

@@ -48,14 +48,15 @@ pub struct Task {
     pub metrics: &'static [&'static str],
     /// Longest input, in tokens with special tokens, that published results for this task use.
     pub max_len: usize,
-    /// Texts of an input: 1, or 2 for a pair.
-    pub texts: usize,
     /// Reads the data.
     pub(crate) reader: &'static dyn Reader,
 }
 
 /// Reads one task's files.
 pub(crate) trait Reader: Sync {
+    /// As [`Task::texts`].
+    fn texts(&self) -> usize;
+
     /// As [`Task::load`]; `task` is the entry of [`TASKS`] that names this reader.
     fn load(
         &self,
@@ -68,6 +69,11 @@ pub(crate) trait Reader: Sync {
 }
 
 impl Task {
+    /// Texts of an input: 1, or 2 for a pair.
+    pub fn texts(&self) -> usize {
+        self.reader.texts()
+    }
+
     /// Reads and tokenises one split.
     ///
     /// `data` is the folder that holds the task's files, or for GLUE the folder that holds the task's

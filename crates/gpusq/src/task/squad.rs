@@ -23,7 +23,6 @@ pub const SQUAD: Task = Task {
     labels: &[],
     metrics: &["f1", "exact_match"],
     max_len: 384,
-    texts: 2,
     reader: &Squad,
 };
 
@@ -90,6 +89,11 @@ struct Window {
 }
 
 impl Reader for Squad {
+    /// The question and the context.
+    fn texts(&self) -> usize {
+        2
+    }
+
     fn load(
         &self,
         task: &'static Task,

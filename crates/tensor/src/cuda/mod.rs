@@ -36,8 +36,7 @@ pub use kernels::{cache_folder, fnv, versions, write_cached};
 pub use replay::Replay;
 pub use stream::{Graph, Stream};
 
-use blas::Blas;
-use blas::Call;
+use blas::{Blas, Call};
 use pool::Pool;
 use replay::Work;
 use stream::Lane;
